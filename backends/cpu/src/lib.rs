@@ -1,0 +1,1 @@
+//! Attention on the CPU: serves every problem, and is the reference

@@ -1,0 +1,1 @@
+//! Portable flash attention in WGSL over a paged cache

@@ -1,0 +1,1 @@
+//! The smallest attention backend on the GPU, and the one to copy

@@ -1,0 +1,1 @@
+//! What every polyattn plugin depends on: attention problems, capabilities, registry and selection

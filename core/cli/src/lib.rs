@@ -1,0 +1,1 @@
+//! Attention as a plugin: the facade library and the polyattn program

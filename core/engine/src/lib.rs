@@ -1,0 +1,1 @@
+//! The reference engine of polyattn: paged KV cache, model runner, verification and generation

@@ -1,0 +1,1 @@
+//! The layers around attention that a decoder needs, and weight loading

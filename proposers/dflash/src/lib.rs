@@ -1,0 +1,1 @@
+//! DFlash: block diffusion drafting with non-causal attention
