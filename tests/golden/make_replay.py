@@ -41,7 +41,7 @@ def tree(parents):
     return seen
 
 
-def problem(name, sequences, kind="gqa", heads=4, kv_heads=2, d=32, e=None, latent=32, rope=16, scale=None, mask="causal",
+def problem(name, sequences, kind="gqa", heads=3, kv_heads=1, d=32, e=None, latent=32, rope=16, scale=None, mask="causal",
             window=None, softcap=None, dtype="f32", kv_dtype=None, page=16, causal=None, trees=None, words=None, sinks=None,
             alibi=None, spans=None, shared=0, spare=0, poison=False, edit=None, size=1.0):
     """One file. `sequences` are (queries, kv_len); `shared` leading pages are common to all rows.
@@ -159,25 +159,25 @@ def main():
 
     # masks and dtypes
     for dtype in ("f32", "f16", "bf16"):
-        problem(f"gqa-causal-{dtype}", [(5, 5), (1, 19)], dtype=dtype)
-    problem("gqa-bidirectional-f32", [(6, 6), (4, 21)], mask="bidirectional")
-    problem("gqa-bidirectional-f16", [(8, 40)], mask="bidirectional", dtype="f16", d=64, heads=3, kv_heads=1)
-    problem("gqa-per-sequence-causal-f32", [(5, 9), (5, 9), (3, 14)], mask="causal", causal=[1, 0, 0], heads=3, kv_heads=1)
+        problem(f"gqa-causal-{dtype}", [(5, 5), (1, 19)], dtype=dtype, heads=4, kv_heads=2)
+    problem("gqa-bidirectional-f32", [(6, 6), (4, 21)], mask="bidirectional", heads=4, kv_heads=2)
+    problem("gqa-bidirectional-f16", [(8, 40)], mask="bidirectional", dtype="f16", d=64)
+    problem("gqa-per-sequence-causal-f32", [(5, 9), (5, 9), (3, 14)], mask="causal", causal=[1, 0, 0])
     problem("gqa-per-sequence-causal-window-f16", [(6, 12), (6, 12)], mask="bidirectional", causal=[0, 1], window=(2, 2), dtype="f16")
-    problem("gqa-tree-f32", [(7, 20), (7, 7)], mask="tree", trees=[branches, branches], heads=3, kv_heads=1)
-    problem("gqa-tree-f16", [(7, 33), (1, 5), (3, 18)], mask="tree", trees=[branches, chain(1), tree([-1, 0, 0])], dtype="f16", d=64, heads=3, kv_heads=1)
+    problem("gqa-tree-f32", [(7, 20), (7, 7)], mask="tree", trees=[branches, branches], heads=4, kv_heads=2)
+    problem("gqa-tree-f16", [(7, 33), (1, 5), (3, 18)], mask="tree", trees=[branches, chain(1), tree([-1, 0, 0])], dtype="f16", d=64)
     problem("gqa-tree-two-words-f32", [(40, 45)], mask="tree", trees=[tree([-1] + [i // 3 for i in range(39)])], heads=2, kv_heads=1)
     problem("gqa-tree-spare-words-f16", [(5, 12)], mask="tree", trees=[tree([-1, 0, 1, 1, 0])], words=2, dtype="f16")
     problem("gqa-tree-any-bits-f32", [(6, 10)], mask="tree", trees=[np.random.default_rng(5).random((6, 6)) < 0.5])
-    problem("gqa-prefix-spans-f32", [(12, 12), (6, 20)], spans=[[0, 0, 4], [0, 7, 9], [1, 15, 18]], heads=3, kv_heads=1)
-    problem("gqa-prefix-spans-f16", [(10, 26)], spans=[[0, 12, 20]], dtype="f16", d=64, heads=3, kv_heads=1)
+    problem("gqa-prefix-spans-f32", [(12, 12), (6, 20)], spans=[[0, 0, 4], [0, 7, 9], [1, 15, 18]])
+    problem("gqa-prefix-spans-f16", [(10, 26)], spans=[[0, 12, 20]], dtype="f16", d=64)
 
     # windows
     problem("gqa-window-left-f32", [(3, 30)], window=(4, 0))
-    problem("gqa-window-left-f16", [(5, 37)], window=(17, 0), dtype="f16", d=64, heads=3, kv_heads=1)
+    problem("gqa-window-left-f16", [(5, 37)], window=(17, 0), dtype="f16", d=64)
     problem("gqa-window-left-only-null-right-f32", [(3, 30)], window=(4, None))
     problem("gqa-window-left-zero-f32", [(4, 9), (1, 17)], window=(0, 0))
-    problem("gqa-window-both-f32", [(8, 25)], mask="bidirectional", window=(3, 2))
+    problem("gqa-window-both-f32", [(8, 25)], mask="bidirectional", window=(3, 2), heads=4, kv_heads=2)
     problem("gqa-window-right-f32", [(8, 20)], mask="bidirectional", window=(None, 1))
     problem("gqa-window-past-start-f32", [(4, 6)], window=(100, 0))
 
@@ -185,9 +185,9 @@ def main():
     problem("gqa-softcap-f32", small, softcap=2.0, size=2.0)
     problem("gqa-softcap-f16", small, softcap=20.0, dtype="f16", size=2.0)
     problem("gqa-sinks-f32", small, sinks=True)
-    problem("gqa-sinks-f16", small, sinks=[3.0, -2.0, 0.5, -30.0], dtype="f16")
+    problem("gqa-sinks-f16", small, sinks=[3.0, -2.0, 0.5, -30.0], dtype="f16", heads=4, kv_heads=2)
     problem("gqa-alibi-f32", small, alibi=True)
-    problem("gqa-alibi-bf16", small, alibi=True, dtype="bf16", heads=8)
+    problem("gqa-alibi-bf16", small, alibi=True, dtype="bf16", heads=8, kv_heads=2)
     problem("gqa-alibi-bidirectional-f32", [(6, 14)], alibi=True, mask="bidirectional")
     problem("gqa-window-softcap-sinks-f32", [(6, 22), (1, 9)], window=(7, 0), softcap=5.0, sinks=True, size=2.0)
     problem("gqa-window-softcap-sinks-f16", [(6, 22), (1, 9)], window=(7, 0), softcap=5.0, sinks=True, size=2.0, dtype="f16")
@@ -201,60 +201,60 @@ def main():
     problem("gqa-odd-scale-f32", small, scale=0.3)
 
     # shapes
-    problem("gqa-value-dim-smaller-f32", small, d=64, heads=3, kv_heads=1, e=32)
+    problem("gqa-value-dim-smaller-f32", small, d=64, e=32)
     problem("gqa-value-dim-larger-f16", small, d=32, e=64, dtype="f16")
     problem("gqa-head-40-f32", small, d=40)
-    problem("gqa-head-64-group-3-f32", small, d=64, heads=3, kv_heads=1)
+    problem("gqa-head-64-group-3-f32", small, d=64)
     problem("gqa-head-96-f16", small, heads=2, kv_heads=1, d=96, dtype="f16")
     problem("gqa-head-128-f16", small, heads=2, kv_heads=1, d=128, dtype="f16")
     problem("gqa-head-256-f16", [(2, 10)], d=256, heads=2, kv_heads=1, dtype="f16")
     problem("gqa-group-1-f32", small, heads=2, kv_heads=2)
-    problem("gqa-group-4-f32", small, heads=4, kv_heads=1)
+    problem("gqa-group-4-f32", small, heads=4)
     problem("gqa-group-8-bf16", small, heads=16, kv_heads=2, dtype="bf16")
 
     # paging and batches
     problem("gqa-page-1-f32", [(3, 9), (1, 4)], page=1)
-    problem("gqa-page-5-f32", [(3, 14), (2, 10)], page=5)
+    problem("gqa-page-5-f32", [(3, 14), (2, 10)], page=5, heads=4, kv_heads=2)
     problem("gqa-page-24-f16", [(3, 50)], page=24, dtype="f16")
     problem("gqa-page-64-f16", [(3, 70)], page=64, dtype="f16", kv_heads=1)
-    problem("gqa-lengths-f32", [(2, 15), (0, 12), (1, 1), (3, 17)], spare=2, heads=3, kv_heads=1)
+    problem("gqa-lengths-f32", [(2, 15), (0, 12), (1, 1), (3, 17)], spare=2)
     problem("gqa-page-boundary-f32", [(1, 15), (1, 16), (1, 17), (16, 32), (16, 33)], heads=2, kv_heads=1)
     problem("gqa-empty-sequence-f16", [(0, 0), (2, 6), (0, 3)], dtype="f16")
-    problem("gqa-mixed-decode-prefill-f32", [(1, 30), (12, 12), (1, 5), (6, 22)], heads=3, kv_heads=1)
-    problem("gqa-shared-pages-f32", [(1, 37), (3, 41), (2, 34)], shared=2, heads=3, kv_heads=1)
-    problem("gqa-shared-pages-f16", [(1, 37), (3, 41)], shared=2, dtype="f16", d=64, heads=3, kv_heads=1)
-    problem("gqa-poison-f32", [(3, 7), (1, 18)], poison=True, spare=2, heads=3, kv_heads=1)
-    problem("gqa-poison-f16", [(3, 7), (1, 18)], poison=True, spare=2, dtype="f16", d=64, heads=3, kv_heads=1)
+    problem("gqa-mixed-decode-prefill-f32", [(1, 30), (12, 12), (1, 5), (6, 22)])
+    problem("gqa-shared-pages-f32", [(1, 37), (3, 41), (2, 34)], shared=2)
+    problem("gqa-shared-pages-f16", [(1, 37), (3, 41)], shared=2, dtype="f16", d=64)
+    problem("gqa-poison-f32", [(3, 7), (1, 18)], poison=True, spare=2)
+    problem("gqa-poison-f16", [(3, 7), (1, 18)], poison=True, spare=2, dtype="f16", d=64, heads=4, kv_heads=2)
     problem("gqa-poison-bidirectional-f16", [(8, 21), (8, 30)], poison=True, spare=2, dtype="f16", mask="bidirectional")
 
     # rows that see nothing: tree rows without bits and without context in reach
     nothing = branches.copy()
     nothing[[0, 3]] = False
     problem("gqa-empty-rows-f32", [(7, 7)], mask="tree", trees=[nothing])
-    problem("gqa-empty-rows-sinks-f32", [(7, 7)], mask="tree", trees=[nothing], sinks=[1.5, -2.0, 0.0, 4.0])
+    problem("gqa-empty-rows-sinks-f32", [(7, 7)], mask="tree", trees=[nothing], sinks=[1.5, -2.0, 0.0, 4.0], heads=4, kv_heads=2)
     problem("gqa-empty-rows-window-f16", [(7, 20)], mask="tree", trees=[nothing], window=(2, 0), dtype="f16")
 
     # cache dtypes apart from the queries'
     problem("gqa-q-f32-kv-f16", small, kv_dtype="f16")
     problem("gqa-q-f16-kv-bf16", small, dtype="f16", kv_dtype="bf16")
-    problem("gqa-q8-f32", small, kv_dtype="q8")
-    problem("gqa-q8-f16", [(8, 21)], dtype="f16", kv_dtype="q8", mask="bidirectional", d=64, heads=3, kv_heads=1)
+    problem("gqa-q8-f32", small, kv_dtype="q8", heads=4, kv_heads=2)
+    problem("gqa-q8-f16", [(8, 21)], dtype="f16", kv_dtype="q8", mask="bidirectional", d=64)
     problem("gqa-q8-poison-f16", small, dtype="f16", kv_dtype="q8", poison=True, spare=2)
-    problem("gqa-f8e4m3-f16", small, dtype="f16", kv_dtype="f8e4m3")
+    problem("gqa-f8e4m3-f16", small, dtype="f16", kv_dtype="f8e4m3", heads=4, kv_heads=2)
     problem("gqa-f8e4m3-poison-f32", small, kv_dtype="f8e4m3", poison=True)
     problem("gqa-f8e5m2-f16", small, dtype="f16", kv_dtype="f8e5m2")
 
     # latent attention
-    mla = {"kind": "mla", "kv_heads": 1}
+    mla = {"kind": "mla", "heads": 4}
     problem("mla-causal-f32", [(5, 5), (1, 19)], **mla)
-    problem("mla-causal-f16", [(5, 9), (1, 19)], **mla, dtype="f16", latent=64, rope=8, heads=8)
-    problem("mla-bidirectional-f32", [(6, 18)], **mla, mask="bidirectional", heads=3)
+    problem("mla-causal-f16", [(5, 9), (1, 19)], **mla, dtype="f16", latent=64, rope=8)
+    problem("mla-bidirectional-f32", [(6, 18)], **mla, mask="bidirectional")
     problem("mla-bidirectional-f16", [(8, 24)], **mla, mask="bidirectional", dtype="f16")
     problem("mla-tree-f32", [(7, 20)], **mla, mask="tree", trees=[branches])
     problem("mla-tree-f16", [(7, 20)], **mla, mask="tree", trees=[branches], dtype="f16", latent=64, rope=8)
     problem("mla-window-f32", [(5, 24)], **mla, window=(6, 0))
     problem("mla-softcap-f32", small, **mla, softcap=2.0, size=2.0)
-    problem("mla-scale-one-head-f32", small, **mla, heads=1, scale=0.2)
+    problem("mla-scale-one-head-f32", small, kind="mla", heads=1, scale=0.2)
     problem("mla-poison-shared-f16", [(2, 37), (3, 41)], **mla, dtype="f16", poison=True, shared=2, spare=2)
     problem("mla-q-f32-kv-bf16", small, **mla, kv_dtype="bf16")
     files = list(FOLDER.glob("*.safetensors"))

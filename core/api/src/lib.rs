@@ -1,1 +1,56 @@
-//! What every polyattn plugin depends on: attention problems, capabilities, registry and selection
+//! What every plugin of polyattn depends on.
+//!
+//! * [`AttentionProblem`] says what must be computed, without data; [`Capabilities`] what a backend can serve;
+//!   [`Decline`] why it cannot.
+//! * [`AttentionBackend`] and [`AttentionKernel`] are what the author of a backend implements,
+//!   [`Proposer`] and [`Drafter`] what the author of a drafter implements. [`register_backend!`] and
+//!   [`register_proposer!`] put them into [`Registry::global`].
+//! * [`select`](fn@select) chooses for one problem, [`resolve()`](fn@resolve) for a whole [`EngineConfig`]: pure functions of
+//!   data.
+//!
+//! A backend in full is shown at [`AttentionBackend`].
+
+#![forbid(unsafe_code)]
+
+mod backend;
+mod batch;
+mod capabilities;
+mod config;
+mod decline;
+mod plan;
+mod problem;
+mod proposer;
+mod registry;
+mod resolve;
+mod select;
+mod store;
+
+pub use backend::{AttentionBackend, AttentionIo, AttentionKernel, BackendError, StoreKv};
+pub use batch::{BatchLayout, TreeMask};
+pub use capabilities::{Capabilities, DeviceNeed, Dims, DtypeSet, KvDtypeSet, PhaseSet};
+pub use config::{
+    AttentionConfig, BackendChoice, BackendName, ConfigError, EngineConfig, KernelConfig, KvCacheConfig, LayerConfig,
+    LayerKind, ModelConfig, SpeculativeConfig, WindowConfig, default_draft_config,
+};
+pub use decline::Decline;
+pub use plan::{BATCH_WGSL, Plan, PlanPool};
+pub use polyattn_device::{
+    self as device, Buffer, BufferSlice, Commands, DType, Device, DeviceError, DeviceFacts, DeviceKind,
+};
+pub use problem::{AttentionKind, AttentionProblem, KvDType, KvLayout, Mask, Phase, Role, Window};
+pub use proposer::{
+    CommittedRows, DraftAttention, DraftSequence, Drafter, LoadContext, Outcome, Proposal, ProposeContext, Proposer,
+    ProposerError, ProposerRequirements, TapSpec, TargetFacts, TargetServices,
+};
+pub use registry::{
+    BackendEntry, Origin, ProposerEntry, RegisteredBackend, RegisteredProposer, Registry, RegistryBuilder,
+    RegistryError,
+};
+pub use resolve::{Resolution, ResolveError, ResolvedLayer, resolve};
+pub use select::{Declined, Policy, Selection, SelectionError, select};
+
+/// What the registration macros expand to; not for use by hand.
+#[doc(hidden)]
+pub mod macros {
+    pub use inventory;
+}

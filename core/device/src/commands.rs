@@ -1,4 +1,4 @@
-use std::{fmt, sync::Arc, time::Duration};
+use std::{any::Any, fmt, sync::Arc, time::Duration};
 
 use bytemuck::Pod;
 use parking_lot::Mutex;
@@ -14,6 +14,7 @@ pub struct Commands {
     device: Device,
     gpu: Option<Recording>,
     dispatches: u64,
+    kept: Vec<Arc<dyn Any + Send + Sync>>,
 }
 
 struct Recording {
@@ -78,7 +79,7 @@ impl Commands {
                 })
             }
         };
-        Ok(Self { device, gpu, dispatches: 0 })
+        Ok(Self { device, gpu, dispatches: 0, kept: Vec::new() })
     }
 
     /// The device it records for.
@@ -91,6 +92,13 @@ impl Commands {
     #[must_use]
     pub fn dispatches(&self) -> u64 {
         self.dispatches
+    }
+
+    /// Keeps `thing` alive until everything recorded is submitted: for memory that is written anew once it is dropped.
+    pub fn keep(&mut self, thing: Arc<dyn Any + Send + Sync>) {
+        if !self.kept.iter().any(|kept| std::ptr::addr_eq(Arc::as_ptr(kept), Arc::as_ptr(&thing))) {
+            self.kept.push(thing);
+        }
     }
 
     /// Records one dispatch: `slices` are the storage bindings in order, `immediates` the bytes of `var<immediate>`,

@@ -183,6 +183,28 @@ impl Device {
         }
     }
 
+    /// The pipeline known as `variant` of `name`, made by `make` on first use: a cheap look-up for callers on the path
+    /// of every step, where hashing a shader's text would cost more than recording its dispatch.
+    ///
+    /// # Errors
+    /// As `make`.
+    pub fn cached_pipeline(
+        &self,
+        name: &'static str,
+        variant: u64,
+        make: impl FnOnce(&Self) -> Result<Pipeline, DeviceError>,
+    ) -> Result<Pipeline, DeviceError> {
+        let Some(gpu) = self.gpu() else {
+            return Err(DeviceError::WrongDevice(format!("shader '{name}' needs a GPU")));
+        };
+        if let Some(pipeline) = gpu.named.read().get(&(name, variant)) {
+            return Ok(pipeline.clone());
+        }
+        let pipeline = make(self)?;
+        gpu.named.write().insert((name, variant), pipeline.clone());
+        Ok(pipeline)
+    }
+
     /// Starts recording.
     ///
     /// # Errors

@@ -35,6 +35,7 @@ pub(crate) struct Gpu {
     next_id: AtomicU64,
     layouts: Mutex<HashMap<Vec<Access>, (u64, wgpu::BindGroupLayout)>>,
     pipelines: RwLock<HashMap<PipelineKey, Pipeline>>,
+    pub(crate) named: RwLock<HashMap<(&'static str, u64), Pipeline>>,
     /// Bind groups by layout and ranges; an entry goes when one of its buffers does.
     bind_groups: Mutex<HashMap<Box<[u64]>, wgpu::BindGroup>>,
     forgotten: Mutex<Vec<u64>>,
@@ -141,6 +142,7 @@ impl Gpu {
             next_id: AtomicU64::new(1),
             layouts: Mutex::default(),
             pipelines: RwLock::default(),
+            named: RwLock::default(),
             bind_groups: Mutex::default(),
             forgotten: Mutex::default(),
             staging: Mutex::default(),

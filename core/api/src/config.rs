@@ -1,0 +1,402 @@
+use std::{fmt, str::FromStr};
+
+use polyattn_device::DType;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+use crate::{AttentionKind, KvDType, Policy, Window};
+
+/// The name of an attention backend: any case, kept in lower case. `auto` is no name.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct BackendName(String);
+
+impl BackendName {
+    /// Reads a name; `auto` in any case, and an empty one, are `None`: automatically selected.
+    #[must_use]
+    pub fn parse(text: &str) -> Option<Self> {
+        let name = text.trim().to_ascii_lowercase();
+        (!name.is_empty() && name != "auto").then_some(Self(name))
+    }
+
+    /// The name in lower case.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for BackendName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// Which backend a configuration asks for.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum BackendChoice {
+    /// Automatically selected.
+    #[default]
+    Auto,
+    /// This one if it can serve.
+    Prefer(BackendName),
+    /// This one or an error.
+    Require(BackendName),
+}
+
+impl BackendChoice {
+    /// What it means to the selector.
+    #[must_use]
+    pub fn policy(&self) -> Policy {
+        match self {
+            Self::Auto => Policy::Auto,
+            Self::Prefer(name) => Policy::Prefer(name.clone()),
+            Self::Require(name) => Policy::Require(name.clone()),
+        }
+    }
+}
+
+impl From<Option<BackendName>> for BackendChoice {
+    fn from(name: Option<BackendName>) -> Self {
+        name.map_or(Self::Auto, Self::Require)
+    }
+}
+
+impl FromStr for BackendChoice {
+    type Err = std::convert::Infallible;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        Ok(BackendName::parse(text).into())
+    }
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Preference {
+    prefer: String,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged, expecting = "expected a backend name, null or {\"prefer\": name}")]
+enum ChoiceForm {
+    Name(String),
+    Preference(Preference),
+}
+
+impl<'de> Deserialize<'de> for BackendChoice {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        Ok(match Option::<ChoiceForm>::deserialize(deserializer)? {
+            None => Self::Auto,
+            Some(ChoiceForm::Name(name)) => BackendName::parse(&name).into(),
+            Some(ChoiceForm::Preference(Preference { prefer })) => {
+                BackendName::parse(&prefer).map_or(Self::Auto, Self::Prefer)
+            }
+        })
+    }
+}
+
+impl Serialize for BackendChoice {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Self::Auto => serializer.serialize_none(),
+            Self::Require(name) => serializer.serialize_str(name.as_str()),
+            Self::Prefer(name) => Preference { prefer: name.to_string() }.serialize(serializer),
+        }
+    }
+}
+
+fn optional_name<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<BackendName>, D::Error> {
+    Ok(Option::<String>::deserialize(deserializer)?.as_deref().and_then(BackendName::parse))
+}
+
+impl Serialize for BackendName {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&self.0)
+    }
+}
+
+/// The attention section of a configuration.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct AttentionConfig {
+    /// The backend; automatically selected when unset.
+    pub backend: BackendChoice,
+    /// Whether layers that do not say otherwise are bidirectional. Belongs to this configuration alone: target and
+    /// draft each have their own, and nothing derives it from the speculative method.
+    pub use_non_causal: bool,
+}
+
+/// Other kernels.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct KernelConfig {
+    /// The mixture-of-experts backend; automatically selected when unset.
+    pub moe_backend: Option<String>,
+}
+
+/// The cache.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct KvCacheConfig {
+    /// Its format; `None` (written `auto`) is the model's.
+    #[serde(with = "auto_dtype")]
+    pub dtype: Option<KvDType>,
+    /// Tokens of a page; `None` rules out no backend.
+    pub page_size: Option<u32>,
+}
+
+mod auto_dtype {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error};
+
+    use crate::KvDType;
+
+    pub(super) fn serialize<S: Serializer>(dtype: &Option<KvDType>, serializer: S) -> Result<S::Ok, S::Error> {
+        match dtype {
+            None => serializer.serialize_str("auto"),
+            Some(dtype) => dtype.serialize(serializer),
+        }
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<KvDType>, D::Error> {
+        let Some(text) = Option::<String>::deserialize(deserializer)? else { return Ok(None) };
+        if text.eq_ignore_ascii_case("auto") {
+            return Ok(None);
+        }
+        let found = KvDType::ALL.into_iter().find(|dtype| dtype.name() == text);
+        found.map(Some).ok_or_else(|| {
+            D::Error::custom(format!("unknown kv dtype '{text}', expected auto, f32, f16, bf16, q8, f8e4m3 or f8e5m2"))
+        })
+    }
+}
+
+/// A window as configurations write it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged, expecting = "expected null, a number of keys or {\"left\": …, \"right\": …}")]
+pub enum WindowConfig {
+    /// Keys including the query's own, as models' configurations have it.
+    Keys(u32),
+    /// Both sides.
+    Sides(Window),
+}
+
+impl WindowConfig {
+    /// The window of a layer of this causality.
+    #[must_use]
+    pub fn sides(self, causal: bool) -> Window {
+        match self {
+            Self::Sides(window) => window,
+            Self::Keys(keys) => {
+                let before = keys.saturating_sub(1);
+                Window { left: Some(before), right: Some(if causal { 0 } else { before }) }
+            }
+        }
+    }
+}
+
+/// The form of a layer's attention.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[non_exhaustive]
+pub enum LayerKind {
+    /// Grouped-query attention.
+    Gqa,
+    /// Latent attention.
+    Mla,
+}
+
+/// Layers of one model that pose the same problem.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LayerConfig {
+    /// The layer kind's name.
+    pub name: String,
+    /// How many layers are of it.
+    #[serde(default = "one")]
+    pub count: u32,
+    /// The form of attention.
+    pub kind: LayerKind,
+    /// Query heads.
+    pub query_heads: u32,
+    /// Key and value heads (GQA).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kv_heads: Option<u32>,
+    /// Elements of a query and a key (GQA).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub head_dim: Option<u32>,
+    /// Elements of a value (GQA); the head dim when unset.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub value_dim: Option<u32>,
+    /// Elements of the latent (MLA).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub latent_dim: Option<u32>,
+    /// Elements of the rope key (MLA).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rope_dim: Option<u32>,
+    /// Sliding window.
+    #[serde(default)]
+    pub window: Option<WindowConfig>,
+    /// Softcap of the logits.
+    #[serde(default)]
+    pub softcap: Option<f32>,
+    /// Whether it has attention sinks.
+    #[serde(default)]
+    pub sinks: bool,
+    /// Whether it has ALiBi slopes.
+    #[serde(default)]
+    pub alibi: bool,
+    /// Its causality; unset, [`AttentionConfig::use_non_causal`] decides.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub causal: Option<bool>,
+}
+
+fn one() -> u32 {
+    1
+}
+
+impl LayerConfig {
+    /// A layer kind with grouped-query attention and nothing else asked for.
+    #[must_use]
+    pub fn gqa(name: impl Into<String>, count: u32, query_heads: u32, kv_heads: u32, head_dim: u32) -> Self {
+        Self {
+            name: name.into(),
+            count,
+            kind: LayerKind::Gqa,
+            query_heads,
+            kv_heads: Some(kv_heads),
+            head_dim: Some(head_dim),
+            value_dim: None,
+            latent_dim: None,
+            rope_dim: None,
+            window: None,
+            softcap: None,
+            sinks: false,
+            alibi: false,
+            causal: None,
+        }
+    }
+}
+
+/// What of a model decides its attention.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModelConfig {
+    /// Format of its activations' queries.
+    pub dtype: DType,
+    /// Its layer kinds.
+    pub layers: Vec<LayerConfig>,
+}
+
+/// Speculative decoding.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct SpeculativeConfig {
+    /// The proposer's name.
+    pub method: String,
+    /// Tokens drafted and verified a step; the proposer's own default when unset.
+    pub num_speculative_tokens: Option<u32>,
+    /// The draft's attention backend; automatically selected when unset, whatever the target's is.
+    #[serde(deserialize_with = "optional_name")]
+    pub attention_backend: Option<BackendName>,
+    /// The draft's mixture-of-experts backend; the target's when unset.
+    pub moe_backend: Option<String>,
+    /// The draft model; required by proposers that run attention of their own.
+    pub draft: Option<ModelConfig>,
+}
+
+/// Everything that decides who serves which attention, of a target or of a draft.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EngineConfig {
+    /// The model this configuration runs: the target's, or in a draft configuration the draft's.
+    #[serde(rename = "target")]
+    pub model: ModelConfig,
+    /// The cache.
+    #[serde(default)]
+    pub kv_cache: KvCacheConfig,
+    /// Attention.
+    #[serde(default)]
+    pub attention: AttentionConfig,
+    /// Other kernels.
+    #[serde(default)]
+    pub kernel: KernelConfig,
+    /// Speculative decoding; absent for plain decoding, and in a draft configuration.
+    #[serde(default)]
+    pub speculative: Option<SpeculativeConfig>,
+}
+
+/// What is wrong with a configuration.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{field}: {message}")]
+pub struct ConfigError {
+    /// The field at fault, as a path.
+    pub field: String,
+    /// What is wrong with it, with its value.
+    pub message: String,
+}
+
+/// The configuration a draft runs under unless its proposer asks for more: a new value, made from the target's.
+///
+/// * The attention backend is the speculative section's, **always**: unset there, it is automatically selected,
+///   whatever the target's is, because there are many ways to be incompatible (MLA against GQA, causal against not).
+/// * `use_non_causal` starts false; a proposer asks for it.
+/// * The mixture-of-experts backend is the speculative section's where set, otherwise the target's.
+///
+/// Source: vLLM PR #39930, which copies the target's `use_non_causal` where this resets it.
+#[must_use]
+pub fn default_draft_config(target: &EngineConfig) -> EngineConfig {
+    let mut draft = target.clone();
+    draft.attention = AttentionConfig::default();
+    if let Some(speculative) = draft.speculative.take() {
+        draft.attention.backend = speculative.attention_backend.into();
+        if speculative.moe_backend.is_some() {
+            draft.kernel.moe_backend = speculative.moe_backend;
+        }
+        if let Some(model) = speculative.draft {
+            draft.model = model;
+        }
+    }
+    draft
+}
+
+impl LayerConfig {
+    /// The problem's kind.
+    ///
+    /// # Errors
+    /// A dimension that is missing, zero, or belongs to the other kind; query heads that KV heads do not divide.
+    pub fn attention_kind(&self, path: &str) -> Result<AttentionKind, ConfigError> {
+        let error = |field: &str, message: String| ConfigError { field: format!("{path}.{field}"), message };
+        let required = |field: &str, value: Option<u32>| match value {
+            None => Err(error(field, format!("missing, layer '{}' needs it", self.name))),
+            Some(0) => Err(error(field, "0 is no dimension".into())),
+            Some(value) => Ok(value),
+        };
+        let foreign =
+            |fields: &[(&str, Option<u32>)], kind: &str| match fields.iter().find(|(_, value)| value.is_some()) {
+                Some((field, _)) => Err(error(field, format!("does not belong to kind {kind}"))),
+                None => Ok(()),
+            };
+        let query_heads = required("query_heads", Some(self.query_heads))?;
+        match self.kind {
+            LayerKind::Gqa => {
+                foreign(&[("latent_dim", self.latent_dim), ("rope_dim", self.rope_dim)], "gqa")?;
+                let kv_heads = required("kv_heads", self.kv_heads)?;
+                let head_dim = required("head_dim", self.head_dim)?;
+                let value_dim = required("value_dim", self.value_dim.or(Some(head_dim)))?;
+                if !query_heads.is_multiple_of(kv_heads) {
+                    return Err(error("kv_heads", format!("{kv_heads} does not divide {query_heads} query heads")));
+                }
+                Ok(AttentionKind::Gqa { query_heads, kv_heads, head_dim, value_dim })
+            }
+            LayerKind::Mla => {
+                foreign(&[("head_dim", self.head_dim), ("value_dim", self.value_dim)], "mla")?;
+                if let Some(kv_heads) = self.kv_heads
+                    && kv_heads != 1
+                {
+                    return Err(error("kv_heads", format!("{kv_heads}, MLA has 1")));
+                }
+                let latent_dim = required("latent_dim", self.latent_dim)?;
+                let rope_dim = required("rope_dim", self.rope_dim)?;
+                Ok(AttentionKind::Mla { query_heads, latent_dim, rope_dim })
+            }
+        }
+    }
+}

@@ -1,0 +1,1 @@
+//! Recorded attention problems of polyattn.
