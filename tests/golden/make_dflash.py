@@ -17,6 +17,7 @@ from reference import DFlash, decode, encode, write_safetensors
 
 FOLDER = pathlib.Path(__file__).parent / "dflash"
 PROMPT, ACCEPTED_ROWS = 11, 3
+SEEDS = (110, 101, 102)  # chosen so that a block's drafts differ from each other
 COMMON = {
     "architectures": ["DFlashDraftModel"], "model_type": "qwen3", "hidden_act": "silu", "rms_norm_eps": 1e-6,
     "max_position_embeddings": 512, "rope_scaling": None, "tie_word_embeddings": False, "attention_dropout": 0.0,
@@ -103,8 +104,8 @@ def case(name, overrides, seed):
 
 def main():
     shutil.rmtree(FOLDER, ignore_errors=True)
-    for seed, (name, overrides) in enumerate(CASES.items()):
-        case(name, overrides, 113 + seed)
+    for seed, (name, overrides) in zip(SEEDS, CASES.items()):
+        case(name, overrides, seed)
 
 
 if __name__ == "__main__":
