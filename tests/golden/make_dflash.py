@@ -17,7 +17,7 @@ from reference import DFlash, decode, encode, write_safetensors
 
 FOLDER = pathlib.Path(__file__).parent / "dflash"
 PROMPT, ACCEPTED_ROWS = 11, 3
-SEEDS = (110, 101, 102)  # chosen so that a block's drafts differ from each other
+SEEDS = (100, 100, 118)  # chosen so that a block's drafts differ from each other
 COMMON = {
     "architectures": ["DFlashDraftModel"], "model_type": "qwen3", "hidden_act": "silu", "rms_norm_eps": 1e-6,
     "max_position_embeddings": 512, "rope_scaling": None, "tie_word_embeddings": False, "attention_dropout": 0.0,
@@ -26,21 +26,21 @@ COMMON = {
 CASES = {
     # three layers, all full and non-causal
     "full": {
-        "dtype": "float32", "block_size": 8, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 3,
+        "dtype": "float32", "block_size": 8, "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 3,
         "num_attention_heads": 3, "num_key_value_heads": 1, "num_target_layers": 6, "rope_theta": 10000.0, "vocab_size": 101,
         "layer_types": ["full_attention"] * 3, "dflash_config": {"mask_token_id": 7, "target_layer_ids": [1, 2, 3]},
     },
     # one sliding layer (causal, the current token is one of its 6 places) and one full layer, bf16 weights
     "sliding-bf16": {
-        "dtype": "bfloat16", "block_size": 8, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "dtype": "bfloat16", "block_size": 8, "hidden_size": 64, "intermediate_size": 72, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "num_target_layers": 8, "rope_theta": 1000000.0, "vocab_size": 97,
         "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 6, "use_sliding_window": True,
         "dflash_config": {"mask_token_id": 96, "target_layer_ids": [1, 5]},
     },
     # all layers causal by `dflash_config.causal`, biases in the attention, 16-bit weights
     "causal-bias-f16": {
-        "dtype": "float16", "block_size": 10, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 4, "num_target_layers": 4, "rope_theta": 10000.0, "vocab_size": 101,
+        "dtype": "float16", "block_size": 10, "hidden_size": 48, "intermediate_size": 56, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "num_target_layers": 4, "rope_theta": 10000.0, "vocab_size": 101,
         "attention_bias": True, "dflash_config": {"mask_token_id": 3, "target_layer_ids": [2], "causal": True},
     },
 }
