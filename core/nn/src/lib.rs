@@ -1,1 +1,3 @@
 //! The layers around attention that a decoder needs, and weight loading
+
+pub mod load;

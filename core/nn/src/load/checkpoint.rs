@@ -40,8 +40,7 @@ impl Checkpoint {
     /// # Errors
     /// If there is nothing at `path`, or what is there cannot be read as a checkpoint.
     pub fn open(path: &Path) -> Result<Self, LoadError> {
-        let metadata =
-            std::fs::metadata(path).map_err(|e| LoadError::io(path, "open the model", e))?;
+        let metadata = std::fs::metadata(path).map_err(|e| LoadError::io(path, "open the model", e))?;
         let inner = if metadata.is_dir() {
             if !path.join("config.json").exists() {
                 return Err(LoadError::malformed(
@@ -158,18 +157,12 @@ impl Checkpoint {
             return Err(LoadError::tensor(
                 self.path(),
                 name,
-                format!(
-                    "rows {} to {} were asked for, but there are {all}",
-                    rows.start, rows.end
-                ),
+                format!("rows {} to {} were asked for, but there are {all}", rows.start, rows.end),
             ));
         }
         // Rows are whole blocks, checked for GGUF on opening and trivial for the other types.
         let row = ty.bytes_of(columns).unwrap_or(0);
-        Ok(view
-            .data
-            .get(rows.start * row..rows.end * row)
-            .unwrap_or(&[]))
+        Ok(view.data.get(rows.start * row..rows.end * row).unwrap_or(&[]))
     }
 
     /// Dequantises a range of rows into `out`, row after row; `out` has
@@ -177,16 +170,10 @@ impl Checkpoint {
     ///
     /// # Errors
     /// As [`row_bytes`](Self::row_bytes), and if `out` has another length.
-    pub fn read_rows(
-        &self,
-        name: &str,
-        rows: Range<usize>,
-        out: &mut [f32],
-    ) -> Result<(), LoadError> {
+    pub fn read_rows(&self, name: &str, rows: Range<usize>, out: &mut [f32]) -> Result<(), LoadError> {
         let bytes = self.row_bytes(name, rows)?;
         let ty = self.dtype(name)?;
-        dequantize(ty, bytes, out)
-            .map_err(|e| LoadError::tensor(self.path(), name, e.to_string()))
+        dequantize(ty, bytes, out).map_err(|e| LoadError::tensor(self.path(), name, e.to_string()))
     }
 
     /// Rows and columns of a tensor, as [`read_rows`](Self::read_rows) counts them.
@@ -207,11 +194,7 @@ impl Checkpoint {
 
     fn view(&self, name: &str) -> Result<View<'_>, LoadError> {
         let view = match &self.inner {
-            Inner::Gguf(g) => g.tensor(name).map(|t| View {
-                ty: Ok(t.ty),
-                shape: &t.shape,
-                data: g.data(t),
-            }),
+            Inner::Gguf(g) => g.tensor(name).map(|t| View { ty: Ok(t.ty), shape: &t.shape, data: g.data(t) }),
             Inner::Safetensors(s) => s.tensors().get(name).map(|e| View {
                 ty: e.ty.as_ref().copied().map_err(String::as_str),
                 shape: &e.shape,
@@ -268,10 +251,8 @@ mod tests {
     }
 
     fn write_safetensors(path: &Path, tensors: &[(&str, Dtype, Vec<usize>, Vec<u8>)]) {
-        let views: Vec<(String, TensorView<'_>)> = tensors
-            .iter()
-            .map(|(n, d, s, b)| (n.to_string(), TensorView::new(*d, s.clone(), b).unwrap()))
-            .collect();
+        let views: Vec<(String, TensorView<'_>)> =
+            tensors.iter().map(|(n, d, s, b)| (n.to_string(), TensorView::new(*d, s.clone(), b).unwrap())).collect();
         let none: Option<HashMap<String, String>> = None;
         std::fs::write(path, ::safetensors::serialize(views, none).unwrap()).unwrap();
     }
@@ -328,10 +309,7 @@ mod tests {
         );
         write_safetensors(
             &folder.join("two.safetensors"),
-            &[
-                ("f", Dtype::F32, vec![2, 2, 3], bytes(StoredType::F32)),
-                ("i", Dtype::I64, vec![1], vec![0; 8]),
-            ],
+            &[("f", Dtype::F32, vec![2, 2, 3], bytes(StoredType::F32)), ("i", Dtype::I64, vec![1], vec![0; 8])],
         );
         let one = Checkpoint::open(&folder.join("one.safetensors")).unwrap();
         assert_eq!(one.names(), ["b", "h"]);

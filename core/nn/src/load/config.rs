@@ -107,12 +107,7 @@ pub struct RopeConfig {
 impl RopeConfig {
     /// RoPE without scaling.
     pub fn new(theta: f64, dim: u32, pairing: RopePairing) -> Self {
-        Self {
-            theta,
-            dim,
-            pairing,
-            scaling: RopeScaling::None,
-        }
+        Self { theta, dim, pairing, scaling: RopeScaling::None }
     }
 
     /// The angle per position of each pair, in radians, scaling included: `dim/2` values.
@@ -126,15 +121,8 @@ impl RopeConfig {
                 match &self.scaling {
                     RopeScaling::None => plain,
                     RopeScaling::Linear { factor } => plain / factor,
-                    RopeScaling::Divisors(d) => {
-                        plain / d.get(i as usize).map_or(1.0, |d| f64::from(*d))
-                    }
-                    RopeScaling::Llama3 {
-                        factor,
-                        low_freq_factor: low,
-                        high_freq_factor: high,
-                        original_context,
-                    } => {
+                    RopeScaling::Divisors(d) => plain / d.get(i as usize).map_or(1.0, |d| f64::from(*d)),
+                    RopeScaling::Llama3 { factor, low_freq_factor: low, high_freq_factor: high, original_context } => {
                         let turns = f64::from(*original_context) * plain / TAU;
                         if turns > *high {
                             plain
@@ -219,9 +207,7 @@ impl DecoderConfig {
         let layers = keys.u32(&key("block_count"))?;
         let hidden_size = keys.u32(&key("embedding_length"))?;
         let query_heads = keys.u32(&key("attention.head_count"))?;
-        let kv_heads = keys
-            .optional_u32(&key("attention.head_count_kv"))?
-            .unwrap_or(query_heads);
+        let kv_heads = keys.optional_u32(&key("attention.head_count_kv"))?.unwrap_or(query_heads);
         let head_dim = match keys.optional_u32(&key("attention.key_length"))? {
             Some(d) => d,
             None => divided_head_dim(file, &key("embedding_length"), hidden_size, query_heads)?,
@@ -252,21 +238,13 @@ impl DecoderConfig {
         }
         for suffix in ["expert_count", "rope.scaling.attn_factor"] {
             if let Some(v) = gguf.get(&key(suffix)).filter(|v| v.as_f64() != Some(0.0)) {
-                return Err(LoadError::field(
-                    file,
-                    key(suffix),
-                    format!("{} is not supported", v.describe()),
-                ));
+                return Err(LoadError::field(file, key(suffix), format!("{} is not supported", v.describe())));
             }
         }
 
-        let dim = keys
-            .optional_u32(&key("rope.dimension_count"))?
-            .unwrap_or(head_dim);
+        let dim = keys.optional_u32(&key("rope.dimension_count"))?.unwrap_or(head_dim);
         let rope = RopeConfig {
-            theta: keys
-                .optional_f64(&key("rope.freq_base"))?
-                .unwrap_or(10_000.0),
+            theta: keys.optional_f64(&key("rope.freq_base"))?.unwrap_or(10_000.0),
             dim,
             // Converters permute the query and key rows of `llama` alone.
             pairing: match architecture {
@@ -278,15 +256,10 @@ impl DecoderConfig {
 
         let embedding = WeightName::TokenEmbedding.in_format(CheckpointFormat::Gguf);
         let vocab_size = match gguf.tensor(&embedding).map(|t| t.shape.as_slice()) {
-            Some([rows, _]) => u32::try_from(*rows).map_err(|_| {
-                LoadError::tensor(file, embedding.as_str(), format!("it has {rows} rows"))
-            })?,
+            Some([rows, _]) => u32::try_from(*rows)
+                .map_err(|_| LoadError::tensor(file, embedding.as_str(), format!("it has {rows} rows")))?,
             Some(shape) => {
-                return Err(LoadError::tensor(
-                    file,
-                    embedding,
-                    format!("its shape {shape:?} is not that of a matrix"),
-                ));
+                return Err(LoadError::tensor(file, embedding, format!("its shape {shape:?} is not that of a matrix")));
             }
             None => {
                 return Err(LoadError::MissingTensor {
@@ -308,28 +281,17 @@ impl DecoderConfig {
         let has = |tensor: &str| gguf.tensor(tensor).is_some();
         for tensor in ["blk.0.attn_output.bias", "blk.0.ffn_gate.bias"] {
             if has(tensor) {
-                return Err(LoadError::tensor(
-                    file,
-                    tensor,
-                    "a bias on this projection is not supported",
-                ));
+                return Err(LoadError::tensor(file, tensor, "a bias on this projection is not supported"));
             }
         }
 
         let bos = keys.optional_u32("tokenizer.ggml.bos_token_id")?;
         let add_bos = match gguf.get("tokenizer.ggml.add_bos_token") {
             Some(v) => v.as_bool().ok_or_else(|| {
-                LoadError::field(
-                    file,
-                    "tokenizer.ggml.add_bos_token",
-                    format!("{} is not a bool", v.describe()),
-                )
+                LoadError::field(file, "tokenizer.ggml.add_bos_token", format!("{} is not a bool", v.describe()))
             })?,
             // Older conversions of Llama 3 lack the key; its tokenizer does add the id.
-            None => gguf
-                .get("tokenizer.ggml.pre")
-                .and_then(GgufValue::as_str)
-                .is_some_and(|pre| pre == "llama-bpe"),
+            None => gguf.get("tokenizer.ggml.pre").and_then(GgufValue::as_str).is_some_and(|pre| pre == "llama-bpe"),
         };
         Self {
             architecture,
@@ -378,8 +340,7 @@ impl DecoderConfig {
             config.check_ids(&generation.file)?;
         }
         if let Some(tokenizer) = optional("tokenizer_config.json")? {
-            config.add_bos =
-                config.bos.is_some() && tokenizer.optional_bool("add_bos_token")? == Some(true);
+            config.add_bos = config.bos.is_some() && tokenizer.optional_bool("add_bos_token")? == Some(true);
         }
         Ok(config)
     }
@@ -390,16 +351,9 @@ impl DecoderConfig {
     /// As [`from_hf_folder`](Self::from_hf_folder).
     pub fn from_hf_json(file: &Path, text: &str) -> Result<Self, LoadError> {
         match serde_json::from_str(text) {
-            Ok(Value::Object(map)) => Self::from_json(Json {
-                file: file.to_owned(),
-                prefix: String::new(),
-                map,
-            }),
+            Ok(Value::Object(map)) => Self::from_json(Json { file: file.to_owned(), prefix: String::new(), map }),
             Ok(_) => Err(LoadError::malformed(file, "the file is not a JSON object")),
-            Err(e) => Err(LoadError::malformed(
-                file,
-                format!("the file is not valid JSON: {e}"),
-            )),
+            Err(e) => Err(LoadError::malformed(file, format!("the file is not valid JSON: {e}"))),
         }
     }
 
@@ -433,9 +387,7 @@ impl DecoderConfig {
         let hidden_size = json.u32("hidden_size")?;
         let layers = json.u32("num_hidden_layers")?;
         let query_heads = json.u32("num_attention_heads")?;
-        let kv_heads = json
-            .optional_u32("num_key_value_heads")?
-            .unwrap_or(query_heads);
+        let kv_heads = json.optional_u32("num_key_value_heads")?.unwrap_or(query_heads);
         let head_dim = match json.optional_u32("head_dim")? {
             Some(d) => d,
             None => divided_head_dim(&file, "hidden_size", hidden_size, query_heads)?,
@@ -491,25 +443,16 @@ impl DecoderConfig {
         if !self.query_heads.is_multiple_of(self.kv_heads) {
             return Err(LoadError::malformed(
                 file,
-                format!(
-                    "{} query heads are not a multiple of {} key and value heads",
-                    self.query_heads, self.kv_heads
-                ),
+                format!("{} query heads are not a multiple of {} key and value heads", self.query_heads, self.kv_heads),
             ));
         }
         if !self.head_dim.is_multiple_of(2) {
-            return Err(LoadError::malformed(
-                file,
-                format!("the head dimension {} is odd", self.head_dim),
-            ));
+            return Err(LoadError::malformed(file, format!("the head dimension {} is odd", self.head_dim)));
         }
         if self.query_heads.checked_mul(self.head_dim).is_none() {
             return Err(LoadError::malformed(
                 file,
-                format!(
-                    "{} query heads of dimension {} are too wide",
-                    self.query_heads, self.head_dim
-                ),
+                format!("{} query heads of dimension {} are too wide", self.query_heads, self.head_dim),
             ));
         }
         let dim = self.rope.dim;
@@ -531,10 +474,7 @@ impl DecoderConfig {
         if !(self.rms_norm_eps.is_finite() && self.rms_norm_eps >= 0.0) {
             return Err(LoadError::malformed(
                 file,
-                format!(
-                    "the RMS norm epsilon {} is not a positive number",
-                    self.rms_norm_eps
-                ),
+                format!("the RMS norm epsilon {} is not a positive number", self.rms_norm_eps),
             ));
         }
         if self.architecture == Architecture::Qwen3 && !self.qk_norm {
@@ -548,20 +488,14 @@ impl DecoderConfig {
     }
 
     fn check_ids(&self, file: &Path) -> Result<(), LoadError> {
-        for (field, id) in self
-            .eos
-            .iter()
-            .map(|id| ("eos_token_id", *id))
-            .chain(self.bos.map(|id| ("bos_token_id", id)))
+        for (field, id) in
+            self.eos.iter().map(|id| ("eos_token_id", *id)).chain(self.bos.map(|id| ("bos_token_id", id)))
         {
             if id >= self.vocab_size {
                 return Err(LoadError::field(
                     file,
                     field,
-                    format!(
-                        "{id} is not an id of the vocabulary of {} tokens",
-                        self.vocab_size
-                    ),
+                    format!("{id} is not an id of the vocabulary of {} tokens", self.vocab_size),
                 ));
             }
         }
@@ -582,9 +516,7 @@ impl DecoderConfig {
                 LayerWeight::ALL
                     .into_iter()
                     .filter(|w| match w {
-                        LayerWeight::QueryBias
-                        | LayerWeight::KeyBias
-                        | LayerWeight::ValueBias => self.qkv_bias,
+                        LayerWeight::QueryBias | LayerWeight::KeyBias | LayerWeight::ValueBias => self.qkv_bias,
                         LayerWeight::QueryNorm | LayerWeight::KeyNorm => self.qk_norm,
                         _ => true,
                     })
@@ -604,9 +536,7 @@ impl DecoderConfig {
     /// For the first weight that is missing or differs.
     pub fn check_weights(&self, checkpoint: &Checkpoint) -> Result<(), LoadError> {
         let format = checkpoint.format();
-        self.weights()
-            .into_iter()
-            .try_for_each(|w| checkpoint.expect_shape(&w.in_format(format), &w.shape(self)))
+        self.weights().into_iter().try_for_each(|w| checkpoint.expect_shape(&w.in_format(format), &w.shape(self)))
     }
 }
 
@@ -729,9 +659,7 @@ impl WeightName {
             (CheckpointFormat::Gguf, Self::Layer(n, w)) => {
                 format!("blk.{n}.{}", w.gguf_suffix())
             }
-            (CheckpointFormat::HuggingFace, Self::TokenEmbedding) => {
-                "model.embed_tokens.weight".into()
-            }
+            (CheckpointFormat::HuggingFace, Self::TokenEmbedding) => "model.embed_tokens.weight".into(),
             (CheckpointFormat::HuggingFace, Self::OutputNorm) => "model.norm.weight".into(),
             (CheckpointFormat::HuggingFace, Self::Output) => "lm_head.weight".into(),
             (CheckpointFormat::HuggingFace, Self::Layer(n, w)) => {
@@ -768,39 +696,23 @@ impl WeightName {
 
 fn unsupported_architecture(file: &Path, name: &str) -> LoadError {
     let names = Architecture::ALL.map(Architecture::name).join(", ");
-    LoadError::unsupported(
-        file,
-        format!(
-            "the architecture '{}' is not supported (supported: {names})",
-            excerpt(name)
-        ),
-    )
+    LoadError::unsupported(file, format!("the architecture '{}' is not supported (supported: {names})", excerpt(name)))
 }
 
 fn check_layer_count(file: &Path, layers: u32) -> Result<(), LoadError> {
     if (1..=MAX_LAYERS).contains(&layers) {
         return Ok(());
     }
-    Err(LoadError::malformed(
-        file,
-        format!("the number of layers is {layers}; 1 to {MAX_LAYERS} are possible"),
-    ))
+    Err(LoadError::malformed(file, format!("the number of layers is {layers}; 1 to {MAX_LAYERS} are possible")))
 }
 
 /// The head dimension of a model that does not state it.
-fn divided_head_dim(
-    file: &Path,
-    field: &str,
-    hidden_size: u32,
-    query_heads: u32,
-) -> Result<u32, LoadError> {
+fn divided_head_dim(file: &Path, field: &str, hidden_size: u32, query_heads: u32) -> Result<u32, LoadError> {
     if query_heads == 0 || !hidden_size.is_multiple_of(query_heads) {
         return Err(LoadError::field(
             file,
             field,
-            format!(
-                "{hidden_size} is not a multiple of the {query_heads} query heads, and no head dimension is given"
-            ),
+            format!("{hidden_size} is not a multiple of the {query_heads} query heads, and no head dimension is given"),
         ));
     }
     Ok(hidden_size / query_heads)
@@ -818,13 +730,9 @@ impl<'a> Keys<'a> {
 
     fn text(&self, key: &str) -> Result<&'a str, LoadError> {
         let value = self.gguf.get(key).ok_or_else(|| self.missing(key))?;
-        value.as_str().ok_or_else(|| {
-            LoadError::field(
-                self.gguf.path(),
-                key,
-                format!("{} is not a string", value.describe()),
-            )
-        })
+        value
+            .as_str()
+            .ok_or_else(|| LoadError::field(self.gguf.path(), key, format!("{} is not a string", value.describe())))
     }
 
     fn optional_u32(&self, key: &str) -> Result<Option<u32>, LoadError> {
@@ -833,26 +741,18 @@ impl<'a> Keys<'a> {
         };
         // Some converters write one number for each layer; equal ones are as good as one.
         let number = match value.as_integers() {
-            Some(list) => list
-                .first()
-                .filter(|first| list.iter().all(|v| v == *first))
-                .and_then(|v| u64::try_from(*v).ok()),
+            Some(list) => {
+                list.first().filter(|first| list.iter().all(|v| v == *first)).and_then(|v| u64::try_from(*v).ok())
+            }
             None => value.as_u64(),
         };
-        number
-            .and_then(|v| u32::try_from(v).ok())
-            .map(Some)
-            .ok_or_else(|| {
-                LoadError::field(
-                    self.gguf.path(),
-                    key,
-                    format!(
-                        "{} is not one integer from 0 to {}",
-                        value.describe(),
-                        u32::MAX
-                    ),
-                )
-            })
+        number.and_then(|v| u32::try_from(v).ok()).map(Some).ok_or_else(|| {
+            LoadError::field(
+                self.gguf.path(),
+                key,
+                format!("{} is not one integer from 0 to {}", value.describe(), u32::MAX),
+            )
+        })
     }
 
     fn u32(&self, key: &str) -> Result<u32, LoadError> {
@@ -863,13 +763,10 @@ impl<'a> Keys<'a> {
         let Some(value) = self.gguf.get(key) else {
             return Ok(None);
         };
-        value.as_f64().map(Some).ok_or_else(|| {
-            LoadError::field(
-                self.gguf.path(),
-                key,
-                format!("{} is not a number", value.describe()),
-            )
-        })
+        value
+            .as_f64()
+            .map(Some)
+            .ok_or_else(|| LoadError::field(self.gguf.path(), key, format!("{} is not a number", value.describe())))
     }
 
     fn f64(&self, key: &str) -> Result<f64, LoadError> {
@@ -877,12 +774,7 @@ impl<'a> Keys<'a> {
     }
 }
 
-fn gguf_scaling(
-    gguf: &Gguf,
-    keys: &Keys<'_>,
-    name: &str,
-    dim: u32,
-) -> Result<RopeScaling, LoadError> {
+fn gguf_scaling(gguf: &Gguf, keys: &Keys<'_>, name: &str, dim: u32) -> Result<RopeScaling, LoadError> {
     let file = gguf.path();
     let type_key = format!("{name}.rope.scaling.type");
     let factor_key = format!("{name}.rope.scaling.factor");
@@ -890,17 +782,9 @@ fn gguf_scaling(
     let linear = |key: &str| -> Result<RopeScaling, LoadError> {
         let factor = keys.f64(key)?;
         if !(factor.is_finite() && factor > 0.0) {
-            return Err(LoadError::field(
-                file,
-                key,
-                format!("{factor} is not a positive number"),
-            ));
+            return Err(LoadError::field(file, key, format!("{factor} is not a positive number")));
         }
-        Ok(if factor == 1.0 {
-            RopeScaling::None
-        } else {
-            RopeScaling::Linear { factor }
-        })
+        Ok(if factor == 1.0 { RopeScaling::None } else { RopeScaling::Linear { factor } })
     };
     let scaling = match gguf.get(&type_key) {
         None if gguf.get(&factor_key).is_some() => linear(&factor_key)?,
@@ -913,10 +797,7 @@ fn gguf_scaling(
                 return Err(LoadError::field(
                     file,
                     type_key,
-                    format!(
-                        "RoPE scaling '{}' is not supported (supported: none, linear)",
-                        excerpt(other)
-                    ),
+                    format!("RoPE scaling '{}' is not supported (supported: none, linear)", excerpt(other)),
                 ));
             }
         },
@@ -936,21 +817,14 @@ fn gguf_scaling(
         return Err(LoadError::tensor(
             file,
             ROPE_FREQS,
-            format!(
-                "it has {elements} divisors, but a RoPE dimension of {dim} needs {}",
-                dim / 2
-            ),
+            format!("it has {elements} divisors, but a RoPE dimension of {dim} needs {}", dim / 2),
         ));
     }
     let mut divisors = vec![0.0; elements];
     super::dequantize(tensor.ty, gguf.data(tensor), &mut divisors)
         .map_err(|e| LoadError::tensor(file, ROPE_FREQS, e.to_string()))?;
     if let Some(bad) = divisors.iter().find(|d| !(d.is_finite() && **d > 0.0)) {
-        return Err(LoadError::tensor(
-            file,
-            ROPE_FREQS,
-            format!("the RoPE divisor {bad} is not a positive number"),
-        ));
+        return Err(LoadError::tensor(file, ROPE_FREQS, format!("the RoPE divisor {bad} is not a positive number")));
     }
     Ok(RopeScaling::Divisors(divisors))
 }
@@ -959,14 +833,7 @@ fn gguf_scaling(
 /// conversions name only one id, and chat models need the end of the turn and that of the text.
 fn gguf_eos(gguf: &Gguf, keys: &Keys<'_>) -> Result<Vec<u32>, LoadError> {
     const CONTROL: i64 = 3;
-    const NAMES: [&str; 6] = [
-        "<|im_end|>",
-        "<|eot_id|>",
-        "<|eom_id|>",
-        "<|endoftext|>",
-        "<|end_of_text|>",
-        "</s>",
-    ];
+    const NAMES: [&str; 6] = ["<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|endoftext|>", "<|end_of_text|>", "</s>"];
     let mut eos = Vec::new();
     for key in ["eos_token_id", "eot_token_id", "eom_token_id"] {
         if let Some(id) = keys.optional_u32(&format!("tokenizer.ggml.{key}"))?
@@ -975,14 +842,8 @@ fn gguf_eos(gguf: &Gguf, keys: &Keys<'_>) -> Result<Vec<u32>, LoadError> {
             eos.push(id);
         }
     }
-    let tokens = gguf
-        .get("tokenizer.ggml.tokens")
-        .and_then(GgufValue::as_strings)
-        .unwrap_or(&[]);
-    let types = gguf
-        .get("tokenizer.ggml.token_type")
-        .and_then(GgufValue::as_integers)
-        .unwrap_or_default();
+    let tokens = gguf.get("tokenizer.ggml.tokens").and_then(GgufValue::as_strings).unwrap_or(&[]);
+    let types = gguf.get("tokenizer.ggml.token_type").and_then(GgufValue::as_integers).unwrap_or_default();
     for (id, (token, ty)) in (0u32..).zip(tokens.iter().zip(types)) {
         if ty == CONTROL && NAMES.contains(&token.as_str()) && !eos.contains(&id) {
             eos.push(id);
@@ -1001,11 +862,7 @@ struct Json {
 
 impl Json {
     fn read(path: &Path) -> Result<Self, LoadError> {
-        Ok(Self {
-            file: path.to_owned(),
-            prefix: String::new(),
-            map: read_json_object(path)?,
-        })
+        Ok(Self { file: path.to_owned(), prefix: String::new(), map: read_json_object(path)? })
     }
 
     fn get(&self, field: &str) -> Option<&Value> {
@@ -1033,19 +890,12 @@ impl Json {
         let Some(value) = self.get(field) else {
             return Ok(None);
         };
-        read(value).map(Some).ok_or_else(|| {
-            self.error(
-                field,
-                format!("{} is not {what}", excerpt(&value.to_string())),
-            )
-        })
+        read(value).map(Some).ok_or_else(|| self.error(field, format!("{} is not {what}", excerpt(&value.to_string()))))
     }
 
     fn optional_u32(&self, field: &str) -> Result<Option<u32>, LoadError> {
         self.typed(field, "an integer of 32 bits", |v| {
-            let whole = v
-                .as_f64()
-                .filter(|f| f.fract() == 0.0 && (0.0..=f64::from(u32::MAX)).contains(f));
+            let whole = v.as_f64().filter(|f| f.fract() == 0.0 && (0.0..=f64::from(u32::MAX)).contains(f));
             whole.map(|f| f as u32)
         })
     }
@@ -1059,9 +909,7 @@ impl Json {
     }
 
     fn positive(&self, field: &str) -> Result<f64, LoadError> {
-        let v = self
-            .optional_f64(field)?
-            .ok_or_else(|| self.missing(field))?;
+        let v = self.optional_f64(field)?.ok_or_else(|| self.missing(field))?;
         if v.is_finite() && v > 0.0 {
             return Ok(v);
         }
@@ -1077,13 +925,11 @@ impl Json {
     }
 
     fn optional_object(&self, field: &str) -> Result<Option<Self>, LoadError> {
-        Ok(self
-            .typed(field, "an object", Value::as_object)?
-            .map(|map| Self {
-                file: self.file.clone(),
-                prefix: format!("{}{field}.", self.prefix),
-                map: map.clone(),
-            }))
+        Ok(self.typed(field, "an object", Value::as_object)?.map(|map| Self {
+            file: self.file.clone(),
+            prefix: format!("{}{field}.", self.prefix),
+            map: map.clone(),
+        }))
     }
 
     /// A token id, or a list of them.
@@ -1100,29 +946,16 @@ impl Json {
 
 fn hf_architecture(json: &Json) -> Result<Architecture, LoadError> {
     let classes: Vec<&str> = json
-        .typed("architectures", "a list of names", |v| {
-            v.as_array()?.iter().map(Value::as_str).collect()
-        })?
+        .typed("architectures", "a list of names", |v| v.as_array()?.iter().map(Value::as_str).collect())?
         .unwrap_or_default();
     if let Some(class) = classes.first() {
-        return Architecture::ALL
-            .into_iter()
-            .find(|a| a.hf_class() == *class)
-            .ok_or_else(|| {
-                let names = Architecture::ALL.map(Architecture::hf_class).join(", ");
-                json.error(
-                    "architectures",
-                    format!("'{}' is not supported (supported: {names})", excerpt(class)),
-                )
-            });
+        return Architecture::ALL.into_iter().find(|a| a.hf_class() == *class).ok_or_else(|| {
+            let names = Architecture::ALL.map(Architecture::hf_class).join(", ");
+            json.error("architectures", format!("'{}' is not supported (supported: {names})", excerpt(class)))
+        });
     }
-    let name = json
-        .optional_str("model_type")?
-        .ok_or_else(|| json.missing("model_type"))?;
-    Architecture::ALL
-        .into_iter()
-        .find(|a| a.name() == name)
-        .ok_or_else(|| unsupported_architecture(&json.file, name))
+    let name = json.optional_str("model_type")?.ok_or_else(|| json.missing("model_type"))?;
+    Architecture::ALL.into_iter().find(|a| a.name() == name).ok_or_else(|| unsupported_architecture(&json.file, name))
 }
 
 fn hf_rope(json: &Json, head_dim: u32) -> Result<RopeConfig, LoadError> {
@@ -1136,10 +969,7 @@ fn hf_rope(json: &Json, head_dim: u32) -> Result<RopeConfig, LoadError> {
     if let Some(factor) = json.optional_f64("partial_rotary_factor")?
         && factor != 1.0
     {
-        return Err(json.error(
-            "partial_rotary_factor",
-            format!("{factor} is not supported (supported: 1)"),
-        ));
+        return Err(json.error("partial_rotary_factor", format!("{factor} is not supported (supported: 1)")));
     }
     let scaling = match parameters {
         Some(p) => Some(p),
@@ -1150,16 +980,13 @@ fn hf_rope(json: &Json, head_dim: u32) -> Result<RopeConfig, LoadError> {
         let field = if s.present("rope_type") { "rope_type" } else { "type" };
         rope.scaling = match s.optional_str(field)? {
             None | Some("default") => RopeScaling::None,
-            Some("linear") => RopeScaling::Linear {
-                factor: s.positive("factor")?,
-            },
+            Some("linear") => RopeScaling::Linear { factor: s.positive("factor")? },
             Some("llama3") => {
                 let (low, high) = (s.positive("low_freq_factor")?, s.positive("high_freq_factor")?);
                 if high <= low {
-                    return Err(s.error(
-                        "high_freq_factor",
-                        format!("{high} is not greater than low_freq_factor {low}"),
-                    ));
+                    return Err(
+                        s.error("high_freq_factor", format!("{high} is not greater than low_freq_factor {low}"))
+                    );
                 }
                 RopeScaling::Llama3 {
                     factor: s.positive("factor")?,
@@ -1171,10 +998,7 @@ fn hf_rope(json: &Json, head_dim: u32) -> Result<RopeConfig, LoadError> {
             Some(other) => {
                 return Err(s.error(
                     field,
-                    format!(
-                        "RoPE scaling '{}' is not supported (supported: default, linear, llama3)",
-                        excerpt(other)
-                    ),
+                    format!("RoPE scaling '{}' is not supported (supported: default, linear, llama3)", excerpt(other)),
                 ));
             }
         };
@@ -1193,15 +1017,11 @@ fn hf_windows(
     let full = vec![None; layers as usize];
     // The flag alone decides for Qwen; Llama's configuration has no windows without layer types.
     let used = json.optional_bool("use_sliding_window")?;
-    let types: Option<Vec<&str>> = json.typed("layer_types", "a list of names", |v| {
-        v.as_array()?.iter().map(Value::as_str).collect()
-    })?;
+    let types: Option<Vec<&str>> =
+        json.typed("layer_types", "a list of names", |v| v.as_array()?.iter().map(Value::as_str).collect())?;
     let window = || -> Result<Option<u32>, LoadError> {
         match json.optional_u32("sliding_window")? {
-            None => Err(json.error(
-                "sliding_window",
-                "this field is missing, but some layers have sliding windows",
-            )),
+            None => Err(json.error("sliding_window", "this field is missing, but some layers have sliding windows")),
             Some(0) => Err(json.error("sliding_window", "a window of 0 tokens sees nothing")),
             // A window that no sequence outgrows is none.
             Some(w) => Ok((w < context_length).then_some(w)),
@@ -1209,10 +1029,7 @@ fn hf_windows(
     };
     if let Some(types) = types {
         if types.len() != layers as usize {
-            return Err(json.error(
-                "layer_types",
-                format!("it has {} entries for {layers} layers", types.len()),
-            ));
+            return Err(json.error("layer_types", format!("it has {} entries for {layers} layers", types.len())));
         }
         return types
             .into_iter()
@@ -1221,10 +1038,7 @@ fn hf_windows(
                 "sliding_attention" => window(),
                 other => Err(json.error(
                     "layer_types",
-                    format!(
-                        "'{}' is not supported (supported: full_attention, sliding_attention)",
-                        excerpt(other)
-                    ),
+                    format!("'{}' is not supported (supported: full_attention, sliding_attention)", excerpt(other)),
                 )),
             })
             .collect();
@@ -1232,13 +1046,9 @@ fn hf_windows(
     if architecture == Architecture::Llama || used != Some(true) {
         return Ok(full);
     }
-    let first = json
-        .optional_u32("max_window_layers")?
-        .ok_or_else(|| json.missing("max_window_layers"))?;
+    let first = json.optional_u32("max_window_layers")?.ok_or_else(|| json.missing("max_window_layers"))?;
     let window = window()?;
-    Ok((0..layers)
-        .map(|i| if i >= first { window } else { None })
-        .collect())
+    Ok((0..layers).map(|i| if i >= first { window } else { None }).collect())
 }
 
 #[cfg(test)]
@@ -1330,10 +1140,7 @@ mod tests {
             (r#"{"rms_norm_eps": -1.0}"#, "epsilon -1"),
         ] {
             let message = with(changes).unwrap_err().to_string();
-            assert!(
-                message.contains(says) && message.contains("config.json"),
-                "{changes}: {message}"
-            );
+            assert!(message.contains(says) && message.contains("config.json"), "{changes}: {message}");
         }
         assert!(hf("[]").unwrap_err().to_string().contains("not a JSON object"));
         assert!(hf("{").unwrap_err().to_string().contains("not valid JSON"));
@@ -1356,12 +1163,8 @@ mod tests {
         // Wavelengths are 6.3, 63, 628 and 6283 tokens; 1,000 tokens hold 159, 15.9, 1.59, 0.159
         // turns, so with factors 1 and 4 the first two are kept, the last is divided, and the third
         // lies on the ramp.
-        rope.scaling = RopeScaling::Llama3 {
-            factor: 8.0,
-            low_freq_factor: 1.0,
-            high_freq_factor: 4.0,
-            original_context: 1000,
-        };
+        rope.scaling =
+            RopeScaling::Llama3 { factor: 8.0, low_freq_factor: 1.0, high_freq_factor: 4.0, original_context: 1000 };
         let keep = (10.0 / TAU - 1.0) / 3.0;
         let third = 0.01 * (keep + (1.0 - keep) / 8.0);
         close(&rope.inv_freq(), &[1.0, 0.1, third, 0.000125]);
@@ -1404,9 +1207,7 @@ mod tests {
         assert!(change("llama.rope.scaling.type", text("yarn")).contains("'yarn' is not supported"));
         assert!(change("llama.attention.sliding_window", GgufValue::U32(8)).contains("window of 8"));
         assert!(change("llama.expert_count", GgufValue::U32(8)).contains("llama.expert_count"));
-        assert!(
-            change("llama.rope.dimension_count", GgufValue::U32(7)).contains("RoPE dimension 7")
-        );
+        assert!(change("llama.rope.dimension_count", GgufValue::U32(7)).contains("RoPE dimension 7"));
         assert!(change("llama.rope.freq_base", GgufValue::F32(f32::NAN)).contains("RoPE base NaN"));
         let mut w = TinyModel::new(Architecture::Llama).gguf();
         w.remove("llama.embedding_length");

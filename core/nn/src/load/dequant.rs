@@ -32,17 +32,8 @@ pub enum StoredType {
 
 impl StoredType {
     /// All stored types that can be read.
-    pub const ALL: [Self; 9] = [
-        Self::F32,
-        Self::F16,
-        Self::BF16,
-        Self::Q8_0,
-        Self::Q4_0,
-        Self::Q4_1,
-        Self::Q4K,
-        Self::Q5K,
-        Self::Q6K,
-    ];
+    pub const ALL: [Self; 9] =
+        [Self::F32, Self::F16, Self::BF16, Self::Q8_0, Self::Q4_0, Self::Q4_1, Self::Q4K, Self::Q5K, Self::Q6K];
 
     /// Elements of one block, 1 for the types without blocks.
     pub const fn block_len(self) -> usize {
@@ -149,11 +140,7 @@ pub struct DequantizeError {
 /// Nothing is written then.
 pub fn dequantize(ty: StoredType, bytes: &[u8], out: &mut [f32]) -> Result<(), DequantizeError> {
     if ty.bytes_of(out.len()) != Some(bytes.len()) {
-        return Err(DequantizeError {
-            ty,
-            bytes: bytes.len(),
-            values: out.len(),
-        });
+        return Err(DequantizeError { ty, bytes: bytes.len(), values: out.len() });
     }
     match ty {
         StoredType::F32 => {
@@ -178,11 +165,7 @@ pub fn dequantize(ty: StoredType, bytes: &[u8], out: &mut [f32]) -> Result<(), D
 }
 
 /// Calls `one` for each pair of a stored block of `B` bytes and its `N` values.
-fn blocks<const B: usize, const N: usize>(
-    bytes: &[u8],
-    out: &mut [f32],
-    one: impl Fn(&[u8; B], &mut [f32; N]),
-) {
+fn blocks<const B: usize, const N: usize>(bytes: &[u8], out: &mut [f32], one: impl Fn(&[u8; B], &mut [f32; N])) {
     let (stored, _) = bytes.as_chunks::<B>();
     let (values, _) = out.as_chunks_mut::<N>();
     for (b, y) in stored.iter().zip(values) {
@@ -241,10 +224,7 @@ fn k_scale_min(packed: &[u8], j: usize) -> (f32, f32) {
     let (scale, min) = if j < 4 {
         (packed[j] & 63, packed[j + 4] & 63)
     } else {
-        (
-            (packed[j + 4] & 0xf) | ((packed[j - 4] >> 6) << 4),
-            (packed[j + 4] >> 4) | ((packed[j] >> 6) << 4),
-        )
+        ((packed[j + 4] & 0xf) | ((packed[j - 4] >> 6) << 4), (packed[j + 4] >> 4) | ((packed[j] >> 6) << 4))
     };
     (f32::from(scale), f32::from(min))
 }
@@ -324,11 +304,7 @@ pub fn quantize(ty: StoredType, values: &[f32]) -> Option<Vec<u8>> {
                 let scale = f16::from_f32(largest / 127.0);
                 out.extend(scale.to_le_bytes());
                 let inverse = inverse_of(scale.to_f32());
-                out.extend(
-                    block
-                        .iter()
-                        .map(|v| (v * inverse).round().clamp(-127.0, 127.0) as i8 as u8),
-                );
+                out.extend(block.iter().map(|v| (v * inverse).round().clamp(-127.0, 127.0) as i8 as u8));
             }
         }
         StoredType::Q4_0 => {
@@ -463,17 +439,11 @@ mod tests {
             }
             let mut out = vec![0.0; count * ty.block_len()];
             dequantize(ty, &bytes, &mut out).unwrap();
-            for (b, y) in bytes
-                .chunks_exact(ty.block_bytes())
-                .zip(out.chunks_exact(ty.block_len()))
-            {
+            for (b, y) in bytes.chunks_exact(ty.block_bytes()).zip(out.chunks_exact(ty.block_len())) {
                 for (e, y) in y.iter().enumerate() {
                     let want = naive(ty, b, e);
                     let slack = 1e-5 * want.abs().max(half_scale(ty, b));
-                    assert!(
-                        (f64::from(*y) - want).abs() <= slack,
-                        "{ty} element {e}: {y} in place of {want}"
-                    );
+                    assert!((f64::from(*y) - want).abs() <= slack, "{ty} element {e}: {y} in place of {want}");
                 }
             }
         }
@@ -483,9 +453,7 @@ mod tests {
     fn half_scale(ty: StoredType, b: &[u8]) -> f64 {
         match ty {
             StoredType::Q4_1 => half(b, 0).abs() * 15.0 + half(b, 2).abs(),
-            StoredType::Q4K | StoredType::Q5K => {
-                (half(b, 0).abs() * 31.0 + half(b, 2).abs()) * 63.0
-            }
+            StoredType::Q4K | StoredType::Q5K => (half(b, 0).abs() * 31.0 + half(b, 2).abs()) * 63.0,
             _ => 0.0,
         }
     }
@@ -544,10 +512,7 @@ mod tests {
     fn lengths_that_do_not_fit_are_errors() {
         let mut out = [1.0; 31];
         let error = dequantize(StoredType::Q8_0, &[0; 34], &mut out).unwrap_err();
-        assert_eq!(
-            error.to_string(),
-            "34 bytes of Q8_0 do not hold 31 values: a block of 32 values takes 34 bytes"
-        );
+        assert_eq!(error.to_string(), "34 bytes of Q8_0 do not hold 31 values: a block of 32 values takes 34 bytes");
         assert!(out.iter().all(|v| *v == 1.0));
         assert!(dequantize(StoredType::F16, &[0; 3], &mut out[..1]).is_err());
     }

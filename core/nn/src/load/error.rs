@@ -99,51 +99,26 @@ pub enum LoadError {
 
 impl LoadError {
     pub(crate) fn field(file: &Path, field: impl Into<String>, reason: impl Into<String>) -> Self {
-        Self::Field {
-            file: file.to_owned(),
-            field: field.into(),
-            reason: reason.into(),
-        }
+        Self::Field { file: file.to_owned(), field: field.into(), reason: reason.into() }
     }
 
     pub(crate) fn io(file: &Path, action: &'static str, source: std::io::Error) -> Self {
-        Self::Io {
-            file: file.to_owned(),
-            action,
-            source,
-        }
+        Self::Io { file: file.to_owned(), action, source }
     }
 
     pub(crate) fn malformed(file: &Path, reason: impl Into<String>) -> Self {
-        Self::Malformed {
-            file: file.to_owned(),
-            reason: reason.into(),
-        }
+        Self::Malformed { file: file.to_owned(), reason: reason.into() }
     }
 
-    pub(crate) fn tensor(
-        file: &Path,
-        tensor: impl Into<String>,
-        reason: impl Into<String>,
-    ) -> Self {
-        Self::Tensor {
-            file: file.to_owned(),
-            tensor: tensor.into(),
-            reason: reason.into(),
-        }
+    pub(crate) fn tensor(file: &Path, tensor: impl Into<String>, reason: impl Into<String>) -> Self {
+        Self::Tensor { file: file.to_owned(), tensor: tensor.into(), reason: reason.into() }
     }
 
     pub(crate) fn tokenizer(file: &Path, reason: impl Into<String>) -> Self {
-        Self::Tokenizer {
-            file: file.to_owned(),
-            reason: reason.into(),
-        }
+        Self::Tokenizer { file: file.to_owned(), reason: reason.into() }
     }
 
     pub(crate) fn unsupported(file: &Path, reason: impl Into<String>) -> Self {
-        Self::Unsupported {
-            file: file.to_owned(),
-            reason: reason.into(),
-        }
+        Self::Unsupported { file: file.to_owned(), reason: reason.into() }
     }
 }

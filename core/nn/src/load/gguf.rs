@@ -216,23 +216,14 @@ impl Gguf {
     }
 
     fn read(file: Arc<MappedFile>) -> Result<Self, LoadError> {
-        let mut r = Reader {
-            path: file.path(),
-            bytes: file.bytes(),
-            at: 0,
-        };
+        let mut r = Reader { path: file.path(), bytes: file.bytes(), at: 0 };
         let magic = r.take(4, "the magic number")?;
         if magic != b"GGUF" {
-            return Err(r.malformed(format!(
-                "this is not a GGUF file: it starts with {magic:?} in place of 'GGUF'"
-            )));
+            return Err(r.malformed(format!("this is not a GGUF file: it starts with {magic:?} in place of 'GGUF'")));
         }
         let version = r.u32("the version")?;
         if version.swap_bytes() == 2 || version.swap_bytes() == 3 {
-            return Err(LoadError::unsupported(
-                r.path,
-                "the file is in big-endian order, which is not supported",
-            ));
+            return Err(LoadError::unsupported(r.path, "the file is in big-endian order, which is not supported"));
         }
         if !(2..=3).contains(&version) {
             return Err(LoadError::unsupported(
@@ -263,19 +254,13 @@ impl Gguf {
             None => DEFAULT_ALIGNMENT,
             Some(&i) => {
                 let value = &metadata[i].1;
-                value
-                    .as_u64()
-                    .filter(|a| a.is_power_of_two() && *a <= 1 << 30)
-                    .ok_or_else(|| {
-                        LoadError::field(
-                            r.path,
-                            "general.alignment",
-                            format!(
-                                "{} is not a power of two from 1 to 2^30",
-                                value.describe()
-                            ),
-                        )
-                    })?
+                value.as_u64().filter(|a| a.is_power_of_two() && *a <= 1 << 30).ok_or_else(|| {
+                    LoadError::field(
+                        r.path,
+                        "general.alignment",
+                        format!("{} is not a power of two from 1 to 2^30", value.describe()),
+                    )
+                })?
             }
         };
 
@@ -291,11 +276,7 @@ impl Gguf {
                 ));
             }
             if tensor_index.insert(tensor.name.clone(), i).is_some() {
-                return Err(LoadError::tensor(
-                    r.path,
-                    tensor.name,
-                    "the name is there twice",
-                ));
+                return Err(LoadError::tensor(r.path, tensor.name, "the name is there twice"));
             }
             tensors.push(GgufTensor {
                 // Made absolute below, once the header's end is known. On 32-bit targets a file
@@ -339,16 +320,7 @@ impl Gguf {
             }
         }
 
-        Ok(Self {
-            file,
-            version,
-            alignment,
-            metadata,
-            metadata_index,
-            tensors,
-            tensor_index,
-            data_offset,
-        })
+        Ok(Self { file, version, alignment, metadata, metadata_index, tensors, tensor_index, data_offset })
     }
 
     /// Where the file lies.
@@ -394,11 +366,7 @@ impl Gguf {
     /// The stored bytes of a tensor of this file.
     pub fn data(&self, tensor: &GgufTensor) -> &[u8] {
         // Ranges were checked on opening; a tensor of another file gives at worst nothing.
-        tensor
-            .offset
-            .checked_add(tensor.bytes)
-            .and_then(|end| self.file.bytes().get(tensor.offset..end))
-            .unwrap_or(&[])
+        tensor.offset.checked_add(tensor.bytes).and_then(|end| self.file.bytes().get(tensor.offset..end)).unwrap_or(&[])
     }
 }
 
@@ -419,17 +387,13 @@ impl<'a> Reader<'a> {
     }
 
     fn take(&mut self, len: usize, what: &str) -> Result<&'a [u8], LoadError> {
-        let bytes = self
-            .at
-            .checked_add(len)
-            .and_then(|end| self.bytes.get(self.at..end))
-            .ok_or_else(|| {
-                self.malformed(format!(
-                    "the file ends within {what}: {len} bytes are needed at byte {}, {} are left",
-                    self.at,
-                    self.remaining()
-                ))
-            })?;
+        let bytes = self.at.checked_add(len).and_then(|end| self.bytes.get(self.at..end)).ok_or_else(|| {
+            self.malformed(format!(
+                "the file ends within {what}: {len} bytes are needed at byte {}, {} are left",
+                self.at,
+                self.remaining()
+            ))
+        })?;
         self.at += len;
         Ok(bytes)
     }
@@ -457,15 +421,9 @@ impl<'a> Reader<'a> {
     fn check_count(&self, count: u64, least: usize, what: &str) -> Result<usize, LoadError> {
         usize::try_from(count)
             .ok()
-            .filter(|c| {
-                c.checked_mul(least)
-                    .is_some_and(|bytes| bytes <= self.remaining())
-            })
+            .filter(|c| c.checked_mul(least).is_some_and(|bytes| bytes <= self.remaining()))
             .ok_or_else(|| {
-                self.malformed(format!(
-                    "the file claims {count} {what}, but only {} bytes are left",
-                    self.remaining()
-                ))
+                self.malformed(format!("the file claims {count} {what}, but only {} bytes are left", self.remaining()))
             })
     }
 
@@ -509,9 +467,7 @@ impl<'a> Reader<'a> {
 
     fn array_value(&mut self, what: &str, depth: usize) -> Result<GgufArray, LoadError> {
         if depth > MAX_ARRAY_DEPTH {
-            return Err(self.malformed(format!(
-                "{what} nests arrays more than {MAX_ARRAY_DEPTH} deep"
-            )));
+            return Err(self.malformed(format!("{what} nests arrays more than {MAX_ARRAY_DEPTH} deep")));
         }
         let ty = self.u32(what)?;
         let elements = format!("elements of {what}");
@@ -528,11 +484,7 @@ impl<'a> Reader<'a> {
             12 => GgufArray::F64(self.numbers(&elements, f64::from_le_bytes)?),
             7 => {
                 let count = self.count(1, &elements)?;
-                GgufArray::Bool(
-                    (0..count)
-                        .map(|_| self.bool(what))
-                        .collect::<Result<_, _>>()?,
-                )
+                GgufArray::Bool((0..count).map(|_| self.bool(what)).collect::<Result<_, _>>()?)
             }
             8 => {
                 let count = self.count(8, &elements)?;
@@ -551,18 +503,12 @@ impl<'a> Reader<'a> {
                 GgufArray::Array(arrays)
             }
             other => {
-                return Err(self.malformed(format!(
-                    "{what} is an array of the unknown value type {other}"
-                )));
+                return Err(self.malformed(format!("{what} is an array of the unknown value type {other}")));
             }
         })
     }
 
-    fn numbers<const N: usize, T>(
-        &mut self,
-        what: &str,
-        one: fn([u8; N]) -> T,
-    ) -> Result<Vec<T>, LoadError> {
+    fn numbers<const N: usize, T>(&mut self, what: &str, one: fn([u8; N]) -> T) -> Result<Vec<T>, LoadError> {
         let count = self.count(N, what)?;
         let bytes = self.take(count * N, what)?;
         Ok(bytes.as_chunks::<N>().0.iter().map(|b| one(*b)).collect())
@@ -575,10 +521,7 @@ impl<'a> Reader<'a> {
         let error = |r: &Self, reason: String| LoadError::tensor(r.path, name.as_str(), reason);
         let dimensions = self.u32(&what)?;
         if dimensions == 0 || dimensions > MAX_DIMENSIONS {
-            return Err(error(
-                self,
-                format!("it has {dimensions} dimensions; 1 to {MAX_DIMENSIONS} are allowed"),
-            ));
+            return Err(error(self, format!("it has {dimensions} dimensions; 1 to {MAX_DIMENSIONS} are allowed")));
         }
         let mut shape = Vec::new();
         for _ in 0..dimensions {
@@ -596,9 +539,7 @@ impl<'a> Reader<'a> {
                 self,
                 format!(
                     "it has type {number}{}, which is not supported (supported: {})",
-                    other_type_name(number)
-                        .map(|n| format!(" ({n})"))
-                        .unwrap_or_default(),
+                    other_type_name(number).map(|n| format!(" ({n})")).unwrap_or_default(),
                     StoredType::names()
                 ),
             )
@@ -607,10 +548,7 @@ impl<'a> Reader<'a> {
         if columns % ty.block_len() != 0 {
             return Err(error(
                 self,
-                format!(
-                    "its rows of {columns} values are not whole blocks of {} values of {ty}",
-                    ty.block_len()
-                ),
+                format!("its rows of {columns} values are not whole blocks of {} values of {ty}", ty.block_len()),
             ));
         }
         let bytes = shape
@@ -619,16 +557,7 @@ impl<'a> Reader<'a> {
             .and_then(|elements| ty.bytes_of(elements))
             .ok_or_else(|| error(self, format!("its shape {shape:?} is too large")))?;
         let offset = self.u64(&what)?;
-        Ok((
-            GgufTensor {
-                name,
-                ty,
-                shape,
-                offset: 0,
-                bytes,
-            },
-            offset,
-        ))
+        Ok((GgufTensor { name, ty, shape, offset: 0, bytes }, offset))
     }
 }
 
@@ -701,16 +630,10 @@ mod tests {
         w.value("a.u64", GgufValue::U64(1 << 40));
         w.value("a.i64", GgufValue::I64(-(1 << 40)));
         w.value("a.f64", GgufValue::F64(0.25));
-        w.value(
-            "a.list",
-            GgufValue::Array(GgufArray::String(vec!["x".into(), String::new()])),
-        );
+        w.value("a.list", GgufValue::Array(GgufArray::String(vec!["x".into(), String::new()])));
         w.value(
             "a.nested",
-            GgufValue::Array(GgufArray::Array(vec![
-                GgufArray::I32(vec![1, -2]),
-                GgufArray::Bool(vec![false]),
-            ])),
+            GgufValue::Array(GgufArray::Array(vec![GgufArray::I32(vec![1, -2]), GgufArray::Bool(vec![false])])),
         );
         w.tensor("w", &[3, 32], StoredType::Q8_0, vec![1; 3 * 34]);
         w.tensor("v", &[5], StoredType::F32, vec![0; 20]);

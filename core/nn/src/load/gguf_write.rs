@@ -22,11 +22,7 @@ impl Default for GgufWriter {
 impl GgufWriter {
     /// An empty file of version 3.
     pub fn new() -> Self {
-        Self {
-            version: 3,
-            metadata: Vec::new(),
-            tensors: Vec::new(),
-        }
+        Self { version: 3, metadata: Vec::new(), tensors: Vec::new() }
     }
 
     /// Sets the version field.
@@ -54,15 +50,8 @@ impl GgufWriter {
     }
 
     /// Appends a tensor of a row-major shape with its stored bytes.
-    pub fn tensor(
-        &mut self,
-        name: &str,
-        shape: &[usize],
-        ty: StoredType,
-        bytes: Vec<u8>,
-    ) -> &mut Self {
-        self.tensors
-            .push((name.to_owned(), shape.to_vec(), ty, bytes));
+    pub fn tensor(&mut self, name: &str, shape: &[usize], ty: StoredType, bytes: Vec<u8>) -> &mut Self {
+        self.tensors.push((name.to_owned(), shape.to_vec(), ty, bytes));
         self
     }
 

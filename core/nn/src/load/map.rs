@@ -19,9 +19,7 @@ impl MappedFile {
     /// Maps the regular file at `path`.
     pub(crate) fn open(path: &Path) -> Result<Self, LoadError> {
         let file = File::open(path).map_err(|e| LoadError::io(path, "open the file", e))?;
-        let metadata = file
-            .metadata()
-            .map_err(|e| LoadError::io(path, "read the file's size", e))?;
+        let metadata = file.metadata().map_err(|e| LoadError::io(path, "read the file's size", e))?;
         if !metadata.is_file() {
             return Err(LoadError::malformed(path, "this is not a regular file"));
         }
@@ -33,12 +31,9 @@ impl MappedFile {
         // Another process that truncates or rewrites the file while it is mapped is outside what
         // can be defended against here; like every loader by memory map, this one relies on model
         // files staying as they are while in use.
-        let map = unsafe { memmap2::Mmap::map(&file) }
-            .map_err(|e| LoadError::io(path, "map the file into memory", e))?;
-        Ok(Self {
-            path: path.to_owned(),
-            map,
-        })
+        let map =
+            unsafe { memmap2::Mmap::map(&file) }.map_err(|e| LoadError::io(path, "map the file into memory", e))?;
+        Ok(Self { path: path.to_owned(), map })
     }
 
     /// Where the file lies.
@@ -54,8 +49,7 @@ impl MappedFile {
 
 /// Reads a small text file whole, up to 256 MiB.
 pub(crate) fn read_text(path: &Path) -> Result<String, LoadError> {
-    let metadata =
-        std::fs::metadata(path).map_err(|e| LoadError::io(path, "open the file", e))?;
+    let metadata = std::fs::metadata(path).map_err(|e| LoadError::io(path, "open the file", e))?;
     if !metadata.is_file() {
         return Err(LoadError::malformed(path, "this is not a regular file"));
     }
@@ -72,16 +66,11 @@ pub(crate) fn read_text(path: &Path) -> Result<String, LoadError> {
 }
 
 /// Reads a JSON object from a small text file.
-pub(crate) fn read_json_object(
-    path: &Path,
-) -> Result<serde_json::Map<String, serde_json::Value>, LoadError> {
+pub(crate) fn read_json_object(path: &Path) -> Result<serde_json::Map<String, serde_json::Value>, LoadError> {
     let text = read_text(path)?;
     match serde_json::from_str(&text) {
         Ok(serde_json::Value::Object(map)) => Ok(map),
         Ok(_) => Err(LoadError::malformed(path, "the file is not a JSON object")),
-        Err(e) => Err(LoadError::malformed(
-            path,
-            format!("the file is not valid JSON: {e}"),
-        )),
+        Err(e) => Err(LoadError::malformed(path, format!("the file is not valid JSON: {e}"))),
     }
 }

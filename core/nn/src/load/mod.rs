@@ -28,9 +28,7 @@ pub mod tokenizer;
 
 pub use chat::{ChatMessage, ChatRole, ChatTemplate};
 pub use checkpoint::{Checkpoint, CheckpointFormat};
-pub use config::{
-    Architecture, DecoderConfig, LayerWeight, RopeConfig, RopePairing, RopeScaling, WeightName,
-};
+pub use config::{Architecture, DecoderConfig, LayerWeight, RopeConfig, RopePairing, RopeScaling, WeightName};
 pub use dequant::{StoredType, dequantize};
 pub use error::LoadError;
 pub use model::ModelSource;

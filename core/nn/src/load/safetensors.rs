@@ -69,28 +69,20 @@ impl SafetensorsFiles {
                 files.add(&path)?;
             }
             if files.shards.is_empty() {
-                return Err(LoadError::malformed(
-                    folder,
-                    "the folder has no .safetensors file",
-                ));
+                return Err(LoadError::malformed(folder, "the folder has no .safetensors file"));
             }
         }
         Ok(files)
     }
 
     fn empty(path: &Path) -> Self {
-        Self {
-            path: path.to_owned(),
-            shards: Vec::new(),
-            tensors: BTreeMap::new(),
-        }
+        Self { path: path.to_owned(), shards: Vec::new(), tensors: BTreeMap::new() }
     }
 
     fn add(&mut self, path: &Path) -> Result<(), LoadError> {
         let file = MappedFile::open(path)?;
-        let (header, metadata) = SafeTensors::read_metadata(file.bytes()).map_err(|e| {
-            LoadError::malformed(path, format!("this is not a sound safetensors file: {e}"))
-        })?;
+        let (header, metadata) = SafeTensors::read_metadata(file.bytes())
+            .map_err(|e| LoadError::malformed(path, format!("this is not a sound safetensors file: {e}")))?;
         let data = LENGTH_BYTES + header;
         let shard = self.shards.len();
         for (name, info) in metadata.tensors() {
@@ -109,11 +101,7 @@ impl SafetensorsFiles {
             };
             if let Some(earlier) = self.tensors.get(&name) {
                 let other = self.shards[earlier.shard].path().to_owned();
-                return Err(LoadError::tensor(
-                    path,
-                    name,
-                    format!("the name is also in {}", other.display()),
-                ));
+                return Err(LoadError::tensor(path, name, format!("the name is also in {}", other.display())));
             }
             self.tensors.insert(name, entry);
         }
@@ -126,24 +114,18 @@ impl SafetensorsFiles {
         let map = json
             .get("weight_map")
             .and_then(serde_json::Value::as_object)
-            .ok_or_else(|| {
-                LoadError::field(index, "weight_map", "this field must be an object")
-            })?;
+            .ok_or_else(|| LoadError::field(index, "weight_map", "this field must be an object"))?;
         let mut shards: BTreeMap<&str, usize> = BTreeMap::new();
         for (tensor, shard) in map {
             let field = || format!("weight_map.{}", excerpt(tensor));
-            let shard = shard
-                .as_str()
-                .ok_or_else(|| LoadError::field(index, field(), "a shard is named by a string"))?;
+            let shard =
+                shard.as_str().ok_or_else(|| LoadError::field(index, field(), "a shard is named by a string"))?;
             // A name with a separator, or of a drive, could point anywhere on the machine.
             if shard.contains(['/', '\\', ':', '\0']) || !shard.ends_with(".safetensors") {
                 return Err(LoadError::field(
                     index,
                     field(),
-                    format!(
-                        "'{}' is not the name of a .safetensors file in the same folder",
-                        excerpt(shard)
-                    ),
+                    format!("'{}' is not the name of a .safetensors file in the same folder", excerpt(shard)),
                 ));
             }
             let next = shards.len();
@@ -182,10 +164,7 @@ impl SafetensorsFiles {
     }
 
     pub(crate) fn data(&self, entry: &Entry) -> &[u8] {
-        self.shards
-            .get(entry.shard)
-            .and_then(|s| s.bytes().get(entry.range.clone()))
-            .unwrap_or(&[])
+        self.shards.get(entry.shard).and_then(|s| s.bytes().get(entry.range.clone())).unwrap_or(&[])
     }
 }
 
