@@ -413,6 +413,7 @@ fn strftime(format: &str, seconds: u64) -> String {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a failing test may panic")]
 mod tests {
     use super::super::config::Architecture;
     use super::super::gguf::Gguf;

@@ -236,6 +236,7 @@ fn rows_and_columns(shape: &[usize]) -> (usize, usize) {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a failing test may panic")]
 mod tests {
     use std::collections::HashMap;
 

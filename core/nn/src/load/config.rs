@@ -110,6 +110,16 @@ impl RopeConfig {
         Self { theta, dim, pairing, scaling: RopeScaling::None }
     }
 
+    /// Reads base and scaling out of the text of a `config.json` of any architecture, for drafters,
+    /// whose pairing is `HalfSplit` like that of every Hugging Face checkpoint. `file` is named in
+    /// errors; all `head_dim` elements of a head are rotated.
+    ///
+    /// # Errors
+    /// If it is not a JSON object, or a RoPE field is malformed or not supported.
+    pub fn from_hf_json(file: &Path, text: &str, head_dim: u32) -> Result<Self, LoadError> {
+        hf_rope(&Json::parse(file, text)?, head_dim)
+    }
+
     /// The angle per position of each pair, in radians, scaling included: `dim/2` values.
     ///
     /// Pair i of the token at position p is rotated by `p · inv_freq[i]`.
@@ -350,11 +360,7 @@ impl DecoderConfig {
     /// # Errors
     /// As [`from_hf_folder`](Self::from_hf_folder).
     pub fn from_hf_json(file: &Path, text: &str) -> Result<Self, LoadError> {
-        match serde_json::from_str(text) {
-            Ok(Value::Object(map)) => Self::from_json(Json { file: file.to_owned(), prefix: String::new(), map }),
-            Ok(_) => Err(LoadError::malformed(file, "the file is not a JSON object")),
-            Err(e) => Err(LoadError::malformed(file, format!("the file is not valid JSON: {e}"))),
-        }
+        Self::from_json(Json::parse(file, text)?)
     }
 
     fn from_json(json: Json) -> Result<Self, LoadError> {
@@ -456,7 +462,7 @@ impl DecoderConfig {
             ));
         }
         let dim = self.rope.dim;
-        if dim == 0 || dim % 2 != 0 || dim > self.head_dim {
+        if dim == 0 || !dim.is_multiple_of(2) || dim > self.head_dim {
             return Err(LoadError::malformed(
                 file,
                 format!(
@@ -865,6 +871,14 @@ impl Json {
         Ok(Self { file: path.to_owned(), prefix: String::new(), map: read_json_object(path)? })
     }
 
+    fn parse(file: &Path, text: &str) -> Result<Self, LoadError> {
+        match serde_json::from_str(text) {
+            Ok(Value::Object(map)) => Ok(Self { file: file.to_owned(), prefix: String::new(), map }),
+            Ok(_) => Err(LoadError::malformed(file, "the file is not a JSON object")),
+            Err(e) => Err(LoadError::malformed(file, format!("the file is not valid JSON: {e}"))),
+        }
+    }
+
     fn get(&self, field: &str) -> Option<&Value> {
         self.map.get(field).filter(|v| !v.is_null())
     }
@@ -1052,6 +1066,7 @@ fn hf_windows(
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a failing test may panic")]
 mod tests {
     use super::super::tiny::TinyModel;
     use super::*;
@@ -1090,6 +1105,9 @@ mod tests {
         assert_eq!(c.head_dim, 32);
         let c = with(r#"{"rope_theta": null, "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}"#);
         assert_eq!(c.unwrap().rope.theta, 5e5);
+        let drafter = r#"{"architectures": ["DFlashDraftModel"], "rope_theta": 100000.0, "rope_scaling": null}"#;
+        let rope = RopeConfig::from_hf_json(Path::new("config.json"), drafter, 64).unwrap();
+        assert_eq!(rope, RopeConfig::new(1e5, 64, RopePairing::HalfSplit));
     }
 
     #[test]

@@ -601,6 +601,7 @@ fn other_type_name(number: u32) -> Option<&'static str> {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a failing test may panic")]
 mod tests {
     use super::super::gguf_write::GgufWriter;
     use super::*;

@@ -195,6 +195,7 @@ fn fingerprint(checkpoint: &Checkpoint) -> Result<String, LoadError> {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a failing test may panic")]
 mod tests {
     use super::super::config::{Architecture, LayerWeight, RopePairing, WeightName};
     use super::super::tiny::{TinyModel, cached_model};

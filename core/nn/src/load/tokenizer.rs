@@ -689,6 +689,7 @@ fn check_hf_json(file: &Path, json: &serde_json::Value) -> Result<(), LoadError>
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a failing test may panic")]
 mod tests {
     use super::super::config::Architecture;
     use super::super::gguf::GgufArray;
