@@ -216,7 +216,7 @@ mod tests {
         let layout = layout();
         assert_eq!(layout.page_table, [3, 1, -1, -1, -1, -1, 0, 2, 7]);
         assert_eq!(layout.slot(2, 8), 28);
-        layout.validate(&problem()).unwrap();
+        layout.validate(&problem()).expect("valid");
     }
 
     #[test]
@@ -235,12 +235,12 @@ mod tests {
         for (change, expected) in cases {
             let mut layout = layout();
             change(&mut layout);
-            let error = layout.validate(&problem()).unwrap_err().to_string();
+            let error = layout.validate(&problem()).expect_err("refused").to_string();
             assert!(error.contains(expected), "{error}");
         }
         let tree = problem().mask(Mask::Tree);
         assert!(layout().validate(&tree).is_err());
         let short = BatchLayout { tree: Some(TreeMask { words: 1, bits: vec![0; 2] }), ..layout() };
-        assert!(short.validate(&tree).unwrap_err().to_string().contains("tree_mask has 2 words"));
+        assert!(short.validate(&tree).expect_err("refused").to_string().contains("tree_mask has 2 words"));
     }
 }

@@ -1,7 +1,10 @@
 use std::{fmt, str::FromStr};
 
 use polyattn_device::DType;
-use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde::{
+    Deserialize, Deserializer, Serialize, Serializer,
+    de::{self, MapAccess, Unexpected, Visitor, value::MapAccessDeserializer},
+};
 
 use crate::{AttentionKind, KvDType, Policy, Window};
 
@@ -75,22 +78,41 @@ struct Preference {
     prefer: String,
 }
 
-#[derive(Deserialize)]
-#[serde(untagged, expecting = "expected a backend name, null or {\"prefer\": name}")]
-enum ChoiceForm {
-    Name(String),
-    Preference(Preference),
-}
-
 impl<'de> Deserialize<'de> for BackendChoice {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        Ok(match Option::<ChoiceForm>::deserialize(deserializer)? {
-            None => Self::Auto,
-            Some(ChoiceForm::Name(name)) => BackendName::parse(&name).into(),
-            Some(ChoiceForm::Preference(Preference { prefer })) => {
-                BackendName::parse(&prefer).map_or(Self::Auto, Self::Prefer)
-            }
-        })
+        deserializer.deserialize_any(ChoiceVisitor)
+    }
+}
+
+/// By hand, because an untagged enum swallows the name of an unknown field.
+struct ChoiceVisitor;
+
+impl<'de> Visitor<'de> for ChoiceVisitor {
+    type Value = BackendChoice;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a backend's name, null or { \"prefer\": name }")
+    }
+
+    fn visit_unit<E: de::Error>(self) -> Result<BackendChoice, E> {
+        Ok(BackendChoice::Auto)
+    }
+
+    fn visit_none<E: de::Error>(self) -> Result<BackendChoice, E> {
+        Ok(BackendChoice::Auto)
+    }
+
+    fn visit_some<D: Deserializer<'de>>(self, deserializer: D) -> Result<BackendChoice, D::Error> {
+        deserializer.deserialize_any(self)
+    }
+
+    fn visit_str<E: de::Error>(self, name: &str) -> Result<BackendChoice, E> {
+        Ok(BackendName::parse(name).into())
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<BackendChoice, A::Error> {
+        let Preference { prefer } = Preference::deserialize(MapAccessDeserializer::new(map))?;
+        Ok(BackendName::parse(&prefer).map_or(BackendChoice::Auto, BackendChoice::Prefer))
     }
 }
 
@@ -106,6 +128,12 @@ impl Serialize for BackendChoice {
 
 fn optional_name<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<BackendName>, D::Error> {
     Ok(Option::<String>::deserialize(deserializer)?.as_deref().and_then(BackendName::parse))
+}
+
+/// A mixture-of-experts backend's name: kept as it was written, because nothing here knows the names there are; `auto`
+/// in any case is unset.
+fn optional_moe_name<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
+    Ok(Option::<String>::deserialize(deserializer)?.filter(|name| BackendName::parse(name).is_some()))
 }
 
 impl Serialize for BackendName {
@@ -130,6 +158,7 @@ pub struct AttentionConfig {
 #[serde(default, deny_unknown_fields)]
 pub struct KernelConfig {
     /// The mixture-of-experts backend; automatically selected when unset.
+    #[serde(deserialize_with = "optional_moe_name")]
     pub moe_backend: Option<String>,
 }
 
@@ -169,8 +198,8 @@ mod auto_dtype {
 }
 
 /// A window as configurations write it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(untagged, expecting = "expected null, a number of keys or {\"left\": …, \"right\": …}")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(untagged)]
 pub enum WindowConfig {
     /// Keys including the query's own, as models' configurations have it.
     Keys(u32),
@@ -189,6 +218,35 @@ impl WindowConfig {
                 Window { left: Some(before), right: Some(if causal { 0 } else { before }) }
             }
         }
+    }
+}
+
+impl<'de> Deserialize<'de> for WindowConfig {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(WindowVisitor)
+    }
+}
+
+/// By hand, because an untagged enum swallows the name of an unknown field.
+struct WindowVisitor;
+
+impl<'de> Visitor<'de> for WindowVisitor {
+    type Value = WindowConfig;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("null, a number of keys or { \"left\": keys, \"right\": keys }")
+    }
+
+    fn visit_u64<E: de::Error>(self, keys: u64) -> Result<WindowConfig, E> {
+        u32::try_from(keys).map(WindowConfig::Keys).map_err(|_| E::invalid_value(Unexpected::Unsigned(keys), &self))
+    }
+
+    fn visit_i64<E: de::Error>(self, keys: i64) -> Result<WindowConfig, E> {
+        u32::try_from(keys).map(WindowConfig::Keys).map_err(|_| E::invalid_value(Unexpected::Signed(keys), &self))
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<WindowConfig, A::Error> {
+        Window::deserialize(MapAccessDeserializer::new(map)).map(WindowConfig::Sides)
     }
 }
 
@@ -297,9 +355,26 @@ pub struct SpeculativeConfig {
     #[serde(deserialize_with = "optional_name")]
     pub attention_backend: Option<BackendName>,
     /// The draft's mixture-of-experts backend; the target's when unset.
+    #[serde(deserialize_with = "optional_moe_name")]
     pub moe_backend: Option<String>,
-    /// The draft model; required by proposers that run attention of their own.
+    /// The draft model; required by proposers that run attention of their own. Its dtype is f16 when unset.
+    #[serde(deserialize_with = "optional_draft")]
     pub draft: Option<ModelConfig>,
+}
+
+fn optional_draft<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<ModelConfig>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct DraftModel {
+        #[serde(default = "f16")]
+        dtype: DType,
+        layers: Vec<LayerConfig>,
+    }
+    fn f16() -> DType {
+        DType::F16
+    }
+    let draft = Option::<DraftModel>::deserialize(deserializer)?;
+    Ok(draft.map(|DraftModel { dtype, layers }| ModelConfig { dtype, layers }))
 }
 
 /// Everything that decides who serves which attention, of a target or of a draft.
@@ -366,13 +441,13 @@ impl LayerConfig {
         let error = |field: &str, message: String| ConfigError { field: format!("{path}.{field}"), message };
         let required = |field: &str, value: Option<u32>| match value {
             None => Err(error(field, format!("missing, layer '{}' needs it", self.name))),
-            Some(0) => Err(error(field, "0 is no dimension".into())),
+            Some(0) => Err(error(field, "0 is out of range, at least 1".into())),
             Some(value) => Ok(value),
         };
         let foreign =
             |fields: &[(&str, Option<u32>)], kind: &str| match fields.iter().find(|(_, value)| value.is_some()) {
-                Some((field, _)) => Err(error(field, format!("does not belong to kind {kind}"))),
-                None => Ok(()),
+                Some((field, Some(value))) => Err(error(field, format!("{value} does not belong to kind {kind}"))),
+                _ => Ok(()),
             };
         let query_heads = required("query_heads", Some(self.query_heads))?;
         match self.kind {

@@ -77,12 +77,13 @@ impl AttentionKind {
         }
     }
 
-    /// Elements of one head of a query, and of a key.
+    /// Elements of one head of a query, and of a key. Both parts of a latent row may be as large as 32 bits hold; their
+    /// sum stops there.
     #[must_use]
     pub const fn query_dim(self) -> u32 {
         match self {
             Self::Gqa { head_dim, .. } => head_dim,
-            Self::Mla { latent_dim, rope_dim, .. } => latent_dim + rope_dim,
+            Self::Mla { latent_dim, rope_dim, .. } => latent_dim.saturating_add(rope_dim),
         }
     }
 

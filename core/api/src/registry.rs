@@ -214,18 +214,18 @@ impl Registry {
         self.proposers().iter().find(|entry| entry.proposer.name().eq_ignore_ascii_case(name)).cloned()
     }
 
-    /// The names of all backends as one line, for messages.
+    /// The names of all backends as one line, for messages: `none` where there are none.
     #[must_use]
     pub fn backend_names(&self) -> String {
         let mut names: Vec<_> = self.backends().iter().map(RegisteredBackend::name).collect();
         names.sort_unstable();
-        names.join(", ")
+        one_line(&names)
     }
 
-    /// The names of all proposers as one line, for messages.
+    /// The names of all proposers as one line, for messages: `none` where there are none.
     #[must_use]
     pub fn proposer_names(&self) -> String {
-        self.proposers().iter().map(|entry| entry.proposer.name()).collect::<Vec<_>>().join(", ")
+        one_line(&self.proposers().iter().map(|entry| entry.proposer.name()).collect::<Vec<_>>())
     }
 
     /// Adds a backend at run time.
@@ -262,6 +262,10 @@ impl Registry {
         *proposers = all.into();
         Ok(())
     }
+}
+
+fn one_line(names: &[&str]) -> String {
+    if names.is_empty() { "none".into() } else { names.join(", ") }
 }
 
 fn duplicate(kind: &'static str, name: &str, a: Origin, b: Origin) -> RegistryError {

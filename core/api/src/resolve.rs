@@ -4,8 +4,8 @@ use polyattn_device::DeviceFacts;
 use serde::{Serialize, Serializer, ser::SerializeStruct};
 
 use crate::{
-    AttentionProblem, ConfigError, Declined, EngineConfig, KvLayout, Mask, ModelConfig, Phase, RegisteredBackend,
-    RegisteredProposer, Registry, Role, SelectionError, select,
+    AttentionProblem, BackendName, ConfigError, Declined, EngineConfig, KvLayout, Mask, ModelConfig, Phase, Policy,
+    RegisteredBackend, RegisteredProposer, Registry, Role, SelectionError, Window, WindowConfig, select,
 };
 
 /// Who serves one layer kind in one phase.
@@ -84,6 +84,7 @@ impl Serialize for Resolution {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let layout = |layers: &[ResolvedLayer]| layers.first().map(|layer| layer.problem.kv_layout);
         let (target, draft) = (layout(&self.target), layout(&self.draft));
+        let one = self.target.iter().chain(&self.draft).all(|layer| Some(layer.problem.kv_layout) == target);
         let mut out = serializer.serialize_struct("Resolution", 4)?;
         out.serialize_field("target", &self.target)?;
         out.serialize_field("draft", &self.draft)?;
@@ -94,10 +95,7 @@ impl Serialize for Resolution {
                 .as_ref()
                 .map(|config| DraftConfigAnswer { attention: &config.attention, kernel: &config.kernel }),
         )?;
-        out.serialize_field(
-            "kv_layout",
-            &LayoutAnswer { target, draft, shared: draft.map(|draft| Some(draft) == target) },
-        )?;
+        out.serialize_field("kv_layout", &LayoutAnswer { target, draft, shared: draft.map(|_| one) })?;
         out.end()
     }
 }
@@ -123,16 +121,21 @@ pub fn resolve(config: &EngineConfig, device: &DeviceFacts, registry: &Registry)
         Some(_) => &[Phase::Prefill, Phase::Decode, Phase::Verify],
         None => &[Phase::Prefill, Phase::Decode],
     };
+    if let Policy::Prefer(name) | Policy::Require(name) = config.attention.backend.policy() {
+        check_name("attention.backend", &name, registry)?;
+    }
+    if let Some(name) = config.speculative.as_ref().and_then(|speculative| speculative.attention_backend.as_ref()) {
+        // Checked even where the proposer runs no attention: a name that is not there is never ignored.
+        check_name("speculative.attention_backend", name, registry)?;
+    }
     let target = resolve_model("target", config, Role::Target, target_phases, device, registry)?;
     let mut resolution = Resolution { target, draft: Vec::new(), draft_config: None, proposer: None };
     let Some(speculative) = &config.speculative else { return Ok(resolution) };
 
     let fail = |field: &str, message: String| ConfigError { field: format!("speculative.{field}"), message };
     let proposer = registry.proposer(&speculative.method).ok_or_else(|| {
-        fail(
-            "method",
-            format!("unknown proposer '{}'; registered are: {}", speculative.method, registry.proposer_names()),
-        )
+        let names = registry.proposer_names();
+        fail("method", format!("unknown proposer '{}'; registered are: {names}", speculative.method))
     })?;
     if speculative.num_speculative_tokens == Some(0) {
         return Err(fail("num_speculative_tokens", "0 tokens cannot be drafted, at least 1".into()).into());
@@ -143,7 +146,10 @@ pub fn resolve(config: &EngineConfig, device: &DeviceFacts, registry: &Registry)
         let message = format!("missing, proposer '{}' runs attention of its own", proposer.proposer.name());
         return Err(fail("draft", message).into());
     }
-    if requirements.non_causal && !draft_config.attention.use_non_causal {
+    // Per layer or for all layers, but it must be asked for: without, a causal backend would be chosen in silence.
+    let asks = draft_config.attention.use_non_causal
+        || draft_config.model.layers.iter().any(|layer| layer.causal == Some(false));
+    if requirements.non_causal && !asks {
         let message = format!(
             "proposer '{}' requires non-causal attention, but its draft_config does not ask for it",
             proposer.proposer.name()
@@ -153,11 +159,6 @@ pub fn resolve(config: &EngineConfig, device: &DeviceFacts, registry: &Registry)
     if requirements.draft_attention {
         resolution.draft =
             resolve_model("speculative.draft", &draft_config, Role::Draft, &[Phase::Draft], device, registry)?;
-    } else if let Some(name) = &speculative.attention_backend
-        && registry.backend(name.as_str()).is_none()
-    {
-        // Nothing is resolved by it, but a name that is not there is never ignored.
-        return Err(SelectionError::Unknown { name: name.to_string(), registered: registry.backend_names() }.into());
     }
     resolution.draft_config = Some(draft_config);
     resolution.proposer = Some(proposer);
@@ -193,20 +194,35 @@ fn resolve_model(
     Ok(resolved)
 }
 
+/// Whether a window takes keys away. One that is unbounded asks nothing of a backend, nor does one that is open to the
+/// left and stops in a causal layer's future.
+fn narrows(window: Window, causal: bool) -> bool {
+    window.left.is_some() || (window.right.is_some() && !causal)
+}
+
+/// A name that was asked for must be there, and the message must say which field asked.
+fn check_name(field: &str, name: &BackendName, registry: &Registry) -> Result<(), ConfigError> {
+    if registry.backend(name.as_str()).is_some() {
+        return Ok(());
+    }
+    let unknown = SelectionError::Unknown { name: name.to_string(), registered: registry.backend_names() };
+    Err(ConfigError { field: field.to_owned(), message: unknown.to_string() })
+}
+
 /// The problem of each layer kind of a model under a configuration.
 fn problems(path: &str, model: &ModelConfig, config: &EngineConfig) -> Result<Vec<AttentionProblem>, ConfigError> {
     let fail = |field: String, message: String| Err(ConfigError { field, message });
     if model.layers.is_empty() {
-        return fail(format!("{path}.layers"), "no layers".into());
+        return fail(format!("{path}.layers"), "[] is empty, at least one layer kind".into());
     }
     if config.kv_cache.page_size == Some(0) {
-        return fail("kv_cache.page_size".into(), "0 is no page size".into());
+        return fail("kv_cache.page_size".into(), "0 is out of range, at least 1".into());
     }
     let mut found: Vec<AttentionProblem> = Vec::new();
     for (place, layer) in model.layers.iter().enumerate() {
         let path = format!("{path}.layers[{place}]");
         if layer.name.is_empty() {
-            return fail(format!("{path}.name"), "a layer kind needs a name".into());
+            return fail(format!("{path}.name"), "'' is empty, a layer kind needs a name".into());
         }
         if found.iter().any(|problem| *problem.layer == *layer.name) {
             return fail(format!("{path}.name"), format!("'{}' names two layer kinds", layer.name));
@@ -214,17 +230,19 @@ fn problems(path: &str, model: &ModelConfig, config: &EngineConfig) -> Result<Ve
         if !(1..=1_000_000).contains(&layer.count) {
             return fail(format!("{path}.count"), format!("{} is not between 1 and 1000000", layer.count));
         }
-        if layer.window == Some(crate::WindowConfig::Keys(0)) {
-            return fail(format!("{path}.window"), "a window of 0 keys sees nothing".into());
+        if layer.window == Some(WindowConfig::Keys(0)) {
+            return fail(format!("{path}.window"), "0 keys are no window, at least 1 (the query's own)".into());
         }
-        if layer.softcap.is_some_and(|cap| !cap.is_finite() || cap <= 0.0) {
-            return fail(format!("{path}.softcap"), "a softcap is a positive number".into());
+        if let Some(cap) = layer.softcap
+            && (!cap.is_finite() || cap <= 0.0)
+        {
+            return fail(format!("{path}.softcap"), format!("{cap} is no positive number"));
         }
         let causal = layer.causal.unwrap_or(!config.attention.use_non_causal);
         let mut problem = AttentionProblem::new(layer.attention_kind(&path)?, model.dtype)
             .layer(Arc::<str>::from(layer.name.as_str()))
             .mask(if causal { Mask::Causal } else { Mask::Bidirectional })
-            .window(layer.window.map(|window| window.sides(causal)));
+            .window(layer.window.map(|window| window.sides(causal)).filter(|window| narrows(*window, causal)));
         problem.softcap = layer.softcap;
         problem.sinks = layer.sinks;
         problem.alibi = layer.alibi;

@@ -80,7 +80,7 @@ pub enum SelectionError {
 
 fn list(declined: &[Declined]) -> String {
     if declined.is_empty() {
-        return "none is registered".into();
+        return "none is registered; name each backend crate where the program is built".into();
     }
     declined.iter().map(|one| format!("{}: {}", one.backend, join(&one.reasons))).collect::<Vec<_>>().join(" | ")
 }
