@@ -1,3 +1,4 @@
 //! The layers around attention that a decoder needs, and weight loading
 
 pub mod load;
+pub mod ops;
