@@ -286,8 +286,12 @@ impl Capabilities {
             }
         };
         match problem.kind {
-            AttentionKind::Gqa { head_dim, value_dim, .. } => {
+            AttentionKind::Gqa { query_heads, kv_heads, head_dim, value_dim } => {
                 unless(self.gqa, Decline::Gqa);
+                if kv_heads == 0 || query_heads == 0 || !query_heads.is_multiple_of(kv_heads) {
+                    // No kernel can share KV heads among query heads that way.
+                    unless(false, Decline::Other(format!("{query_heads} query heads over {kv_heads} KV heads").into()));
+                }
                 if self.gqa {
                     unless(self.head_dims.contains(head_dim), Decline::HeadDim(head_dim));
                     unless(value_dim == head_dim || self.value_dims.contains(value_dim), Decline::ValueDim(value_dim));
