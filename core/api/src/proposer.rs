@@ -102,6 +102,11 @@ pub trait Drafter: Debug + Send {
     /// The most tokens it proposes for a sequence in one step.
     fn max_tokens(&self) -> u32;
 
+    /// The tokens that are verified a step where the user asked for no number; by default as many as it proposes.
+    fn default_tokens(&self) -> u32 {
+        self.max_tokens()
+    }
+
     /// Drafts for every sequence of the step. GPU work goes into `context.commands`.
     ///
     /// # Errors
@@ -236,7 +241,7 @@ pub trait TargetServices: Debug {
     ) -> Result<(), ProposerError>;
 
     /// Records the output head on `rows` hidden states `[rows, hidden_size]` that carry their final norm, and the
-    /// highest logit's id of each row into `ids` (u32 each).
+    /// highest logit's id of each row from `first` on into `ids` (`[rows]`, u32); the ids before it stay as they are.
     ///
     /// # Errors
     /// Buffers that do not fit.
@@ -245,6 +250,7 @@ pub trait TargetServices: Debug {
         commands: &mut Commands,
         hidden: BufferSlice<'_>,
         rows: u32,
+        first: u32,
         ids: BufferSlice<'_>,
     ) -> Result<(), ProposerError>;
 }
@@ -275,14 +281,13 @@ impl<'a> ProposeContext<'a> {
 pub enum Proposal {
     /// Known to the host: for each sequence up to `width` tokens; none is legal.
     Host(Vec<Vec<u32>>),
-    /// On the device, not read back yet: sequence s has `counts[s]` ids (u32) from element `s · stride + first` of `ids`.
+    /// On the device, not read back yet: element `s · stride` of `ids` (u32) is the anchor of sequence s, and its
+    /// `counts[s]` drafted ids follow. So the target can take them as they lie.
     Device {
         /// The buffer.
         ids: Buffer,
         /// Elements from one sequence to the next.
         stride: u32,
-        /// Elements before a sequence's first drafted id.
-        first: u32,
         /// Drafted tokens of each sequence.
         counts: Vec<u32>,
     },

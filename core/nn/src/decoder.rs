@@ -66,6 +66,7 @@ impl Decoder {
             eps: config.rms_norm_eps,
             pairing: config.rope.pairing,
             qkv_bias: config.qkv_bias,
+            output_bias: false,
             qk_norm: config.qk_norm,
         };
         let mut loader = WeightLoader::new(checkpoint, device, progress);

@@ -28,6 +28,8 @@ pub struct LayerShape {
     pub pairing: RopePairing,
     /// Whether query, key and value projections have biases.
     pub qkv_bias: bool,
+    /// Whether attention's output projection has a bias.
+    pub output_bias: bool,
     /// Whether queries and keys are normed by head.
     pub qk_norm: bool,
 }
@@ -50,6 +52,7 @@ pub struct DecoderLayer {
     query_norm: Option<Vector>,
     key_norm: Option<Vector>,
     output: Matrix,
+    output_bias: Option<Vector>,
     feed_forward_norm: Vector,
     gate_up: Matrix,
     down: Matrix,
@@ -141,7 +144,7 @@ impl DecoderLayer {
         };
         let heads = shape.query_heads * shape.head_dim;
         use LayerWeight::{
-            AttentionNorm, AttentionOutput, Down, FeedForwardNorm, Gate, Key, KeyBias, KeyNorm, Query, QueryBias,
+            AttentionNorm, AttentionOutput, AttentionOutputBias, Down, FeedForwardNorm, Gate, Key, KeyBias, KeyNorm, Query, QueryBias,
             QueryNorm, Up, Value, ValueBias,
         };
         let qkv = matrix(&[Query, Key, Value], shape.hidden_size, shape.qkv_width())?;
@@ -161,6 +164,11 @@ impl DecoderLayer {
             attention_norm: vector(&[AttentionNorm], shape.hidden_size)?,
             qkv_bias: if shape.qkv_bias {
                 Some(vector(&[QueryBias, KeyBias, ValueBias], shape.qkv_width())?)
+            } else {
+                None
+            },
+            output_bias: if shape.output_bias {
+                Some(vector(&[AttentionOutputBias], shape.hidden_size)?)
             } else {
                 None
             },
@@ -250,7 +258,7 @@ impl DecoderLayer {
                 rows: rows.count,
                 weight: &self.output,
                 norm: None,
-                bias: None,
+                bias: self.output_bias.as_ref(),
                 out: x.whole(),
                 accumulate: true,
             },

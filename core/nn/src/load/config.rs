@@ -524,6 +524,7 @@ impl DecoderConfig {
                     .filter(|w| match w {
                         LayerWeight::QueryBias | LayerWeight::KeyBias | LayerWeight::ValueBias => self.qkv_bias,
                         LayerWeight::QueryNorm | LayerWeight::KeyNorm => self.qk_norm,
+                        LayerWeight::AttentionOutputBias => false,
                         _ => true,
                     })
                     .map(|w| WeightName::Layer(layer, w)),
@@ -560,6 +561,8 @@ pub enum LayerWeight {
     Value,
     /// Attention's output projection, `[hidden, query_heads · head_dim]`.
     AttentionOutput,
+    /// Bias of attention's output projection, which drafters may have.
+    AttentionOutputBias,
     /// Bias of the query projection.
     QueryBias,
     /// Bias of the key projection.
@@ -582,7 +585,7 @@ pub enum LayerWeight {
 
 impl LayerWeight {
     /// All roles, in the order in which a layer uses them.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 15] = [
         Self::AttentionNorm,
         Self::Query,
         Self::Key,
@@ -593,6 +596,7 @@ impl LayerWeight {
         Self::QueryNorm,
         Self::KeyNorm,
         Self::AttentionOutput,
+        Self::AttentionOutputBias,
         Self::FeedForwardNorm,
         Self::Gate,
         Self::Up,
@@ -604,6 +608,7 @@ impl LayerWeight {
         match self {
             Self::AttentionNorm => "attn_norm.weight",
             Self::AttentionOutput => "attn_output.weight",
+            Self::AttentionOutputBias => "attn_output.bias",
             Self::Down => "ffn_down.weight",
             Self::FeedForwardNorm => "ffn_norm.weight",
             Self::Gate => "ffn_gate.weight",
@@ -625,6 +630,7 @@ impl LayerWeight {
         match self {
             Self::AttentionNorm => "input_layernorm.weight",
             Self::AttentionOutput => "self_attn.o_proj.weight",
+            Self::AttentionOutputBias => "self_attn.o_proj.bias",
             Self::Down => "mlp.down_proj.weight",
             Self::FeedForwardNorm => "post_attention_layernorm.weight",
             Self::Gate => "mlp.gate_proj.weight",
@@ -686,7 +692,9 @@ impl WeightName {
             Self::Output | Self::TokenEmbedding => vec![vocab, hidden],
             Self::OutputNorm => vec![hidden],
             Self::Layer(_, w) => match w {
-                LayerWeight::AttentionNorm | LayerWeight::FeedForwardNorm => vec![hidden],
+                LayerWeight::AttentionNorm
+                | LayerWeight::AttentionOutputBias
+                | LayerWeight::FeedForwardNorm => vec![hidden],
                 LayerWeight::AttentionOutput => vec![hidden, q],
                 LayerWeight::Down => vec![hidden, wide],
                 LayerWeight::Gate | LayerWeight::Up => vec![wide, hidden],

@@ -1,0 +1,352 @@
+use std::sync::Arc;
+
+use polyattn_api::{
+    AttentionKernel, BackendError, BatchLayout, Buffer, CommittedRows, DType, Device, DraftSequence, Drafter,
+    LoadContext, Outcome, Plan, Proposal, ProposeContext, ProposerError, StoreKv, TapSpec,
+};
+use polyattn_nn::{
+    NnError, WeightLoader,
+    layer::{DecoderLayer, LayerAttention, LayerScratch, LayerShape, Rows},
+    load::{Checkpoint, LayerWeight},
+    ops::{self, LinearCall, Matrix, Norm, RopeCall, RopeTable, Vector},
+};
+
+use crate::DFlashConfig;
+
+/// Tokens verified a step where the user asked for no number: with three layers, acceptance beyond is rarer than a row
+/// of the target is cheap (measured, see `tests/bench/results`).
+const DEFAULT_TOKENS: u32 = 7;
+
+/// A loaded DFlash drafter for one sequence at a time.
+#[derive(Debug)]
+pub struct DFlashDrafter {
+    config: DFlashConfig,
+    device: Device,
+    taps: TapSpec,
+    shape: LayerShape,
+    fc: Matrix,
+    hidden_norm: Vector,
+    /// Keys' and values' projections of all layers, one below the other: context rows go through one product.
+    context_kv: Matrix,
+    context_bias: Option<Vector>,
+    layers: Vec<DraftLayerState>,
+    norm: Vector,
+    rope: RopeTable,
+    page_size: u32,
+    pool_pages: u32,
+    kernels: Vec<Arc<dyn AttentionKernel>>,
+    memory: Memory,
+}
+
+#[derive(Debug)]
+struct DraftLayerState {
+    layer: DecoderLayer,
+    /// The place of its kernel.
+    kind: usize,
+    k_cache: Buffer,
+    v_cache: Buffer,
+}
+
+/// Memory of a step.
+#[derive(Debug)]
+struct Memory {
+    max_rows: u32,
+    features: Buffer,
+    feature_rows: Buffer,
+    fused: Buffer,
+    context: Buffer,
+    positions: Buffer,
+    block: Buffer,
+    block_positions: Buffer,
+    hidden: Buffer,
+    normed: Buffer,
+    layer: LayerScratch,
+}
+
+/// What the stages of a step left behind, for tests against an independent implementation.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct Stages<'a> {
+    /// `fc` of the rows committed last, before its norm, `[rows, hidden]` f32.
+    pub fused: &'a Buffer,
+    /// Keys (normed and rotated) and values of the rows committed last, for each layer: `[rows, layers, 2, kv_heads,
+    /// head_dim]` f32.
+    pub context: &'a Buffer,
+    /// Output of the last layer for the block drafted last, `[block, hidden]` f32.
+    pub hidden: &'a Buffer,
+    /// The same behind the final norm.
+    pub normed: &'a Buffer,
+}
+
+impl DFlashDrafter {
+    /// Loads a checkpoint.
+    ///
+    /// # Errors
+    /// A checkpoint that is broken or does not fit the target; a number of tokens it was not trained for; no memory.
+    pub fn load(context: &LoadContext<'_>) -> Result<Self, ProposerError> {
+        let path = context.checkpoint.ok_or(ProposerError::NoCheckpoint("dflash"))?;
+        let config = DFlashConfig::open(path)?;
+        config.check(context.target)?;
+        if let Some(tokens) = context.num_speculative_tokens
+            && tokens >= config.block_size
+        {
+            return Err(ProposerError::Unsupported(format!(
+                "num_speculative_tokens is {tokens}, a block of {} drafts at most {}",
+                config.block_size,
+                config.block_size - 1
+            )));
+        }
+        let checkpoint = Checkpoint::open(&config.folder).map_err(|error| ProposerError::Checkpoint(error.to_string()))?;
+        Self::build(context, config, &checkpoint).map_err(from_nn)
+    }
+
+    fn build(context: &LoadContext<'_>, config: DFlashConfig, checkpoint: &Checkpoint) -> Result<Self, NnError> {
+        let device = context.device;
+        let hidden = config.hidden_size;
+        let features = config.target_layers.len() as u32 * hidden;
+        let shape = LayerShape {
+            hidden_size: hidden,
+            query_heads: config.query_heads,
+            kv_heads: config.kv_heads,
+            head_dim: config.head_dim,
+            intermediate_size: config.intermediate_size,
+            eps: config.rms_norm_eps,
+            pairing: config.rope.pairing,
+            qkv_bias: config.attention_bias,
+            output_bias: config.attention_bias,
+            qk_norm: true,
+        };
+        let mut ignore = |_: u64| {};
+        let mut loader = WeightLoader::new(checkpoint, device, &mut ignore);
+        let name = |layer: usize, weight: LayerWeight| format!("layers.{layer}.{}", weight.hf_suffix());
+        let layer_count = config.layers.len();
+
+        let fc_name = ["fc.weight".to_owned()];
+        let (fc_rows, fc_cols) = checkpoint.rows_and_columns(&fc_name[0])?;
+        if (fc_rows, fc_cols) != (hidden as usize, features as usize) {
+            return Err(NnError::Shape(format!(
+                "fc.weight is [{fc_rows}, {fc_cols}], {} taps of a target {hidden} wide need [{hidden}, {features}]: \
+                 the drafter belongs to another target",
+                config.target_layers.len()
+            )));
+        }
+        let held = loader.held_as(&fc_name[0])?;
+        let fc = loader.matrix(&fc_name, features, held)?;
+        let stacked = |weights: [LayerWeight; 2]| -> Vec<String> {
+            (0..layer_count).flat_map(|layer| weights.map(|weight| name(layer, weight))).collect()
+        };
+        let context_kv = loader.matrix(&stacked([LayerWeight::Key, LayerWeight::Value]), hidden, held)?;
+        let context_bias = if config.attention_bias {
+            Some(loader.vector(&stacked([LayerWeight::KeyBias, LayerWeight::ValueBias]))?)
+        } else {
+            None
+        };
+        let kv_row = u64::from(config.kv_heads) * u64::from(config.head_dim);
+        let cache_bytes =
+            u64::from(context.pool_pages) * u64::from(context.page_size) * kv_row * context.kv_dtype.bytes();
+        let mut layers = Vec::new();
+        for (number, layer) in config.layers.iter().enumerate() {
+            let kind = context.attention.iter().position(|attention| *attention.layer == *layer.kind());
+            layers.push(DraftLayerState {
+                layer: DecoderLayer::load(&mut loader, shape, |weight| name(number, weight))?,
+                kind: kind.ok_or_else(|| NnError::Shape(format!("no kernel for layer kind '{}'", layer.kind())))?,
+                k_cache: device.alloc(cache_bytes, &format!("draft key cache {number}"))?,
+                v_cache: device.alloc(cache_bytes, &format!("draft value cache {number}"))?,
+            });
+        }
+        let floats = |rows: u32, width: u64| u64::from(rows) * width * 4;
+        let (max_rows, block) = (context.max_rows, config.block_size);
+        let memory = Memory {
+            max_rows,
+            features: device.alloc(floats(max_rows, u64::from(features)), "draft features")?,
+            feature_rows: device.alloc(floats(max_rows, 1), "draft feature rows")?,
+            fused: device.alloc(floats(max_rows, u64::from(hidden)), "draft fused features")?,
+            context: device.alloc(floats(max_rows, layer_count as u64 * 2 * kv_row), "draft context")?,
+            positions: device.alloc(floats(max_rows, 1), "draft context positions")?,
+            block: device.alloc(floats(block, 1), "draft block")?,
+            block_positions: device.alloc(floats(block, 1), "draft block positions")?,
+            hidden: device.alloc(floats(block, u64::from(hidden)), "draft hidden states")?,
+            normed: device.alloc(floats(block, u64::from(hidden)), "draft normed states")?,
+            layer: LayerScratch::new(device, &shape, block, context.config.model.dtype)?,
+        };
+        Ok(Self {
+            taps: TapSpec { layers: config.target_layers.clone() },
+            shape,
+            fc,
+            hidden_norm: loader.vector(&["hidden_norm.weight".to_owned()])?,
+            context_kv,
+            context_bias,
+            layers,
+            norm: loader.vector(&["norm.weight".to_owned()])?,
+            rope: RopeTable::new(device, &config.rope.inv_freq(), context.pool_pages * context.page_size)?,
+            page_size: context.page_size,
+            pool_pages: context.pool_pages,
+            kernels: context.attention.iter().map(|attention| Arc::clone(&attention.kernel)).collect(),
+            memory,
+            device: device.clone(),
+            config,
+        })
+    }
+
+    /// Its configuration.
+    #[must_use]
+    pub fn config(&self) -> &DFlashConfig {
+        &self.config
+    }
+
+    /// What the last step left behind.
+    #[must_use]
+    pub fn stages(&self) -> Stages<'_> {
+        let memory = &self.memory;
+        Stages { fused: &memory.fused, context: &memory.context, hidden: &memory.hidden, normed: &memory.normed }
+    }
+
+    fn plans(&self, batch: &BatchLayout) -> Result<Vec<Plan>, BackendError> {
+        self.kernels.iter().map(|kernel| kernel.plan(batch)).collect()
+    }
+
+    fn pages<'a>(&self, pages: &'a [i32], tokens: u32) -> Result<&'a [i32], ProposerError> {
+        let needed = tokens.div_ceil(self.page_size) as usize;
+        pages.get(..needed).ok_or_else(|| {
+            ProposerError::Unsupported(format!("{tokens} tokens need {needed} pages, the sequence has {}", pages.len()))
+        })
+    }
+
+    /// Projects the features of committed rows into every layer's cache.
+    fn inject(&mut self, outcome: &mut Outcome<'_>) -> Result<(), NnError> {
+        let Some(taps) = outcome.taps else { return Err(NnError::Shape("dflash was given no taps".into())) };
+        let commands = &mut *outcome.commands;
+        let memory = &self.memory;
+        let rows: u32 = outcome.sequences.iter().map(|committed| committed.rows).sum();
+        if rows > memory.max_rows {
+            return Err(NnError::Shape(format!("{rows} rows committed at once, at most {}", memory.max_rows)));
+        }
+        let mut batch = BatchLayout::new(self.page_size, self.pool_pages);
+        let mut positions = Vec::with_capacity(rows as usize);
+        for CommittedRows { rows, position, pages, .. } in outcome.sequences {
+            let length = position + rows;
+            batch.push(*rows, length, self.pages(pages, length).map_err(|error| NnError::Shape(error.to_string()))?);
+            positions.extend(*position..length);
+        }
+        self.device.write(&memory.positions, 0, &positions)?;
+        let features = match outcome.sequences {
+            [only] if only.first_row == 0 => taps,
+            several => {
+                let from: Vec<u32> = several.iter().flat_map(|one| one.first_row..one.first_row + one.rows).collect();
+                self.device.write(&memory.feature_rows, 0, &from)?;
+                let width = self.fc.cols;
+                let (rows_of, to) = (memory.feature_rows.whole(), memory.features.whole());
+                ops::gather_rows(commands, taps.whole(), width, rows_of, rows, to)?;
+                &memory.features
+            }
+        };
+        let mut linear = |x: &Buffer, weight: &Matrix, norm, bias, out: &Buffer| {
+            let call = LinearCall { x: x.whole(), rows, weight, norm, bias, out: out.whole(), accumulate: false };
+            ops::linear(commands, &call)
+        };
+        linear(features, &self.fc, None, None, &memory.fused)?;
+        let norm = Norm { weight: &self.hidden_norm, eps: self.shape.eps };
+        linear(&memory.fused, &self.context_kv, Some(norm), self.context_bias.as_ref(), &memory.context)?;
+
+        let plans = self.plans(&batch)?;
+        let half = self.shape.kv_heads * self.shape.head_dim;
+        let stride = self.context_kv.rows;
+        for (state, number) in self.layers.iter().zip(0..) {
+            let offset = number * 2 * half;
+            ops::rope(
+                commands,
+                &RopeCall {
+                    qkv: memory.context.whole(),
+                    offset,
+                    stride,
+                    rows,
+                    query_heads: 0,
+                    kv_heads: self.shape.kv_heads,
+                    head_dim: self.shape.head_dim,
+                    q_norm: None,
+                    k_norm: state.layer.key_norm(),
+                    table: &self.rope,
+                    pairing: self.shape.pairing,
+                    positions: memory.positions.whole(),
+                    q_out: memory.normed.whole(),
+                    q_dtype: DType::F32,
+                },
+            )?;
+            let store =
+                StoreKv::from_rows(&memory.context, stride, offset, offset + half, &state.k_cache, &state.v_cache);
+            self.kernels[state.kind].store_kv(commands, &plans[state.kind], &store)?;
+        }
+        Ok(())
+    }
+
+    fn draft(&mut self, context: &mut ProposeContext<'_>, sequence: &DraftSequence<'_>) -> Result<Proposal, NnError> {
+        let commands = &mut *context.commands;
+        let memory = &self.memory;
+        let block = self.config.block_size;
+        let width = sequence.width.min(block - 1);
+        let Some(anchor) = sequence.tokens.last() else { return Ok(Proposal::Host(vec![Vec::new()])) };
+        let position = sequence.tokens.len() as u32 - 1;
+        let mut ids = vec![self.config.mask_token; block as usize];
+        ids[0] = *anchor;
+        self.device.write(&memory.block, 0, &ids)?;
+        let positions: Vec<u32> = (position..position + block).collect();
+        self.device.write(&memory.block_positions, 0, &positions)?;
+
+        let mut batch = BatchLayout::new(self.page_size, self.pool_pages);
+        let pages = self.pages(sequence.pages, position + block).map_err(|error| NnError::Shape(error.to_string()))?;
+        batch.push(block, position + block, pages);
+        let plans = self.plans(&batch)?;
+        let lent = |error: ProposerError| NnError::Shape(error.to_string());
+        context.target.embed(commands, memory.block.whole(), block, memory.hidden.whole()).map_err(lent)?;
+        for state in &self.layers {
+            let attention = LayerAttention {
+                kernel: self.kernels[state.kind].as_ref(),
+                plan: &plans[state.kind],
+                k_cache: &state.k_cache,
+                v_cache: &state.v_cache,
+            };
+            let rows = Rows { count: block, positions: memory.block_positions.whole(), rope: &self.rope };
+            state.layer.forward(commands, &memory.hidden, rows, &attention, &memory.layer)?;
+        }
+        let norm = Norm { weight: &self.norm, eps: self.shape.eps };
+        ops::rms_norm(commands, memory.hidden.whole(), norm, block, memory.normed.whole())?;
+        // The masks were read by the embedding, so the drafted ids may take their place behind the anchor. Rows beyond
+        // what is verified shape the block, but nobody asks for their tokens.
+        context.target.head_argmax(commands, memory.normed.whole(), width + 1, 1, memory.block.whole()).map_err(lent)?;
+        Ok(Proposal::Device { ids: memory.block.clone(), stride: block, counts: vec![width] })
+    }
+}
+
+impl Drafter for DFlashDrafter {
+    fn taps(&self) -> &TapSpec {
+        &self.taps
+    }
+
+    fn max_tokens(&self) -> u32 {
+        self.config.block_size - 1
+    }
+
+    fn default_tokens(&self) -> u32 {
+        self.max_tokens().min(DEFAULT_TOKENS)
+    }
+
+    fn propose(&mut self, context: &mut ProposeContext<'_>) -> Result<Proposal, ProposerError> {
+        match context.sequences {
+            [only] => self.draft(context, only).map_err(from_nn),
+            several => Err(ProposerError::Unsupported(format!("dflash drafts one sequence a step, not {}", several.len()))),
+        }
+    }
+
+    fn commit(&mut self, outcome: &mut Outcome<'_>) -> Result<(), ProposerError> {
+        self.inject(outcome).map_err(from_nn)
+    }
+}
+
+fn from_nn(error: NnError) -> ProposerError {
+    match error {
+        NnError::Backend(error) => error.into(),
+        NnError::Device(error) => error.into(),
+        NnError::Shape(message) => ProposerError::Mismatch(message),
+        other => ProposerError::Checkpoint(other.to_string()),
+    }
+}

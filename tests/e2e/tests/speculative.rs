@@ -1,0 +1,194 @@
+//! Whatever drafts, the tokens are the target's; and draft and target run on the backends asked for.
+
+use std::{ops::ControlFlow, path::PathBuf};
+
+use polyattn_api::{BackendName, Registry};
+use polyattn_device::Device;
+use polyattn_e2e::{assert_same_up_to_ties, devices, engine, greedy, tests_folder};
+use polyattn_engine::{Engine, EngineOptions, Request, Sampling, SpeculativeOptions, StopReason};
+use polyattn_nn::load::ModelSource;
+use serde_json::Value;
+
+/// A prompt that repeats itself, so that prompt lookup has something to find.
+const PROMPT: [u32; 18] = [5, 9, 17, 33, 5, 9, 17, 40, 41, 42, 5, 9, 17, 33, 70, 5, 9, 17];
+
+fn tiny(family: &str) -> (ModelSource, Vec<f64>) {
+    let folder = tests_folder("golden/tiny").join(family);
+    let golden: Value =
+        serde_json::from_str(&std::fs::read_to_string(folder.join("golden.json")).unwrap()).unwrap();
+    let margins = golden["greedy_margins"].as_array().unwrap().iter().map(|m| m.as_f64().unwrap()).collect();
+    (ModelSource::open(&folder).unwrap(), margins)
+}
+
+/// Writes a random drafter for `source` in the released format.
+fn drafter(source: &ModelSource, folder: &std::path::Path, sliding: bool) -> PathBuf {
+    polyattn_e2e::write_random_dflash(source, folder, sliding);
+    folder.to_owned()
+}
+
+fn speculative(method: &str, model: Option<PathBuf>) -> SpeculativeOptions {
+    SpeculativeOptions { method: method.into(), model, ..SpeculativeOptions::default() }
+}
+
+fn options(speculative: Option<SpeculativeOptions>) -> EngineOptions {
+    EngineOptions { context: Some(128), speculative, ..EngineOptions::default() }
+}
+
+/// The gaps between best and second logit along a text, to tell ties.
+fn margins(engine: &mut Engine, prompt: &[u32], tokens: &[u32], vocab: usize) -> Vec<f64> {
+    let text = [prompt, tokens].concat();
+    let logits = engine.score(&text[..text.len() - 1]).unwrap();
+    logits
+        .chunks(vocab)
+        .skip(prompt.len() - 1)
+        .map(|row| {
+            let mut sorted = row.to_vec();
+            sorted.sort_by(|a, b| b.total_cmp(a));
+            f64::from(sorted[0] - sorted[1])
+        })
+        .collect()
+}
+
+#[test]
+fn drafts_do_not_change_greedy_tokens() {
+    let folder = tempfile::tempdir().unwrap();
+    for family in ["llama", "qwen2", "qwen3"] {
+        let (source, _) = tiny(family);
+        let vocab = source.config.vocab_size as usize;
+        let mut methods = vec![("ngram", None)];
+        for sliding in [false, true] {
+            let path = folder.path().join(format!("{family}-{sliding}"));
+            methods.push(("dflash", Some(drafter(&source, &path, sliding))));
+        }
+        for device in devices() {
+            let mut plain = engine(&source, &device, &options(None));
+            let want = greedy(&mut plain, &PROMPT, 40).tokens;
+            let margins = margins(&mut plain, &PROMPT, &want, vocab);
+            for (method, model) in &methods {
+                for width in [1, 3, 7] {
+                    let mut wanted = speculative(method, model.clone());
+                    wanted.num_speculative_tokens = Some(width);
+                    let mut engine = engine(&source, &device, &options(Some(wanted)));
+                    let got = greedy(&mut engine, &PROMPT, 40);
+                    let name = format!("{family}, {method} {width}, {}", device.facts().name);
+                    let compared = assert_same_up_to_ties(&got.tokens, &want, &margins, &name);
+                    let acceptance = got.acceptance.unwrap();
+                    eprintln!("{name}: {compared} tokens equal, {} steps, {acceptance:?}", got.steps);
+                    assert!(acceptance.drafted > 0, "{name}: nothing was drafted");
+                    assert_eq!(got.tokens.len() as u64, 1 + got.steps + acceptance.accepted, "{name}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn drafts_do_not_change_sampled_tokens() {
+    let (source, _) = tiny("qwen3");
+    let folder = tempfile::tempdir().unwrap();
+    let model = drafter(&source, folder.path(), false);
+    let device = Device::cpu();
+    let mut request = Request::new(PROMPT.to_vec(), 30);
+    request.stop = Some(Vec::new());
+    request.sampling = Sampling { temperature: 0.8, top_k: Some(20), top_p: 0.95, seed: 11 };
+    let mut run = |speculative| {
+        let mut engine = engine(&source, &device, &options(speculative));
+        engine.generate(&request, &mut |_| ControlFlow::Continue(())).unwrap().tokens
+    };
+    let plain = run(None);
+    assert_eq!(run(Some(speculative("ngram", None))), plain);
+    assert_eq!(run(Some(speculative("dflash", Some(model)))), plain);
+}
+
+#[test]
+fn a_draft_runs_on_a_backend_of_its_own() {
+    let (source, _) = tiny("qwen3");
+    let folder = tempfile::tempdir().unwrap();
+    let model = drafter(&source, folder.path(), false);
+    for device in devices().into_iter().skip(1) {
+        let mut asked = options(Some(speculative("dflash", Some(model.clone()))));
+        asked.attention.backend = BackendName::parse("PLAIN").into();
+        let mut mixed = engine(&source, &device, &asked);
+        let got = greedy(&mut mixed, &PROMPT, 12);
+        assert_eq!(
+            serde_json::to_value(&got.backends).unwrap(),
+            serde_json::json!({
+                "target": {"prefill": "plain", "decode": "plain", "verify": "plain"},
+                "draft": {"draft": "flash"}
+            })
+            .as_object()
+            .map(|all| {
+                let mut all = all.clone();
+                // Every step drafted, so no pass had a single row, unless the last one did.
+                if got.backends.target.0.get("decode").is_none() {
+                    all["target"].as_object_mut().unwrap().remove("decode");
+                }
+                Value::Object(all)
+            })
+            .unwrap()
+        );
+        assert!(got.calls["plain"] > 0 && got.calls["flash"] > 0);
+
+        let mut causal = speculative("dflash", Some(model.clone()));
+        causal.attention_backend = BackendName::parse("plain");
+        let registry = Registry::global().unwrap();
+        let error = Engine::load(&source, &device, registry, &options(Some(causal)), &mut |_| {}).unwrap_err();
+        let error = error.to_string();
+        assert!(error.contains("backend 'plain' cannot serve draft draft layer 'full'"), "{error}");
+        assert!(error.contains("non-causal attention not supported"), "{error}");
+    }
+}
+
+#[test]
+fn what_does_not_fit_is_refused() {
+    let (source, _) = tiny("qwen3");
+    let (other, _) = tiny("qwen2");
+    let folder = tempfile::tempdir().unwrap();
+    let model = drafter(&source, folder.path(), false);
+    let registry = Registry::global().unwrap();
+    let load = |source: &ModelSource, speculative| {
+        let outcome = Engine::load(source, &Device::cpu(), registry, &options(Some(speculative)), &mut |_| {});
+        outcome.unwrap_err().to_string()
+    };
+    let error = load(&source, speculative("dflash", None));
+    assert!(error.contains("needs a draft model"), "{error}");
+    let error = load(&source, speculative("clairvoyance", None));
+    assert!(error.contains("clairvoyance") && error.contains("dflash, ngram"), "{error}");
+    let mut wide = speculative("dflash", Some(model.clone()));
+    wide.num_speculative_tokens = Some(8);
+    let error = load(&source, wide);
+    assert!(error.contains("is 8") && error.contains("at most 7"), "{error}");
+    if other.config.layers != source.config.layers || other.config.vocab_size != source.config.vocab_size {
+        let error = load(&other, speculative("dflash", Some(model)));
+        assert!(error.contains("does not fit the target"), "{error}");
+    }
+}
+
+#[test]
+fn requests_that_cannot_be_met_are_errors_and_free_their_pages() {
+    let (source, _) = tiny("llama");
+    let mut engine = engine(&source, &Device::cpu(), &EngineOptions { context: Some(32), ..EngineOptions::default() });
+    let mut run = |request: &Request| engine.generate(request, &mut |_| ControlFlow::Continue(()));
+    let error = run(&Request::new(Vec::new(), 4)).unwrap_err().to_string();
+    assert!(error.contains("no tokens"), "{error}");
+    let error = run(&Request::new(vec![1], 0)).unwrap_err().to_string();
+    assert!(error.contains("0 new tokens"), "{error}");
+    let error = run(&Request::new(vec![1; 40], 4)).unwrap_err().to_string();
+    assert!(error.contains("40 tokens") && error.contains("32"), "{error}");
+    let error = run(&Request::new(vec![9999], 4)).unwrap_err().to_string();
+    assert!(error.contains("9999"), "{error}");
+    for _ in 0..20 {
+        let mut long = Request::new(vec![1; 20], 100);
+        long.stop = Some(Vec::new());
+        let generation = run(&long).unwrap();
+        assert_eq!((generation.stop, generation.tokens.len()), (StopReason::Context, 12));
+    }
+    let mut seen = 0;
+    let stopped = engine
+        .generate(&Request { stop: Some(Vec::new()), ..Request::new(vec![1; 4], 20) }, &mut |tokens| {
+            seen += tokens.len();
+            if seen >= 3 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        })
+        .unwrap();
+    assert_eq!((stopped.stop, stopped.tokens.len()), (StopReason::Cancelled, 3));
+}
