@@ -1,1 +1,61 @@
-//! Attention as a plugin: the facade library and the polyattn program
+//! Attention as a plugin.
+//!
+//! This crate is the front of the project: it re-exports its parts under one name and registers the plugins whose
+//! features are on. An engine that wants all of them needs one dependency and one line:
+//!
+//! ```
+//! use polyattn::api::{Registry, RegistryError};
+//!
+//! let registry = Registry::global()?;
+//! println!("backends: {}; proposers: {}", registry.backend_names(), registry.proposer_names());
+//! # Ok::<(), RegistryError>(())
+//! ```
+//!
+//! Who serves a problem is decided by data: what is asked ([`api::AttentionProblem`]), what a backend can do
+//! ([`api::Capabilities`]) and what the device is ([`device::DeviceFacts`]).
+//!
+//! ```
+//! # #[cfg(feature = "cpu")] {
+//! use polyattn::{
+//!     api::{AttentionKind, AttentionProblem, DType, Policy, Registry, select},
+//!     device::DeviceFacts,
+//! };
+//!
+//! let kind = AttentionKind::Gqa { query_heads: 16, kv_heads: 8, head_dim: 128, value_dim: 128 };
+//! let problem = AttentionProblem::new(kind, DType::F16);
+//! let registry = Registry::global().expect("plugins are registered");
+//! let selection = select(&problem, &DeviceFacts::cpu(), registry, &Policy::Auto).expect("somebody serves it");
+//! println!("{} serves it; not taken: {:?}", selection.backend.name(), selection.declined);
+//! # }
+//! ```
+//!
+//! # Features
+//! | feature | what it adds |
+//! |---|---|
+//! | `cpu`, `plain`, `flash` | the attention backend of this name |
+//! | `ngram`, `dflash` | the proposer of this name |
+//! | `program` | the `polyattn` program, and [`models`] |
+//!
+//! All are on by default. An engine that brings plugins of its own turns the default features off, names those it
+//! wants, and says `use my_backend as _;` for its own.
+
+#![forbid(unsafe_code)]
+
+#[cfg(feature = "program")]
+pub mod models;
+
+pub use polyattn_api as api;
+#[cfg(feature = "cpu")]
+pub use polyattn_cpu as cpu;
+pub use polyattn_device as device;
+#[cfg(feature = "dflash")]
+pub use polyattn_dflash as dflash;
+pub use polyattn_engine as engine;
+#[cfg(feature = "flash")]
+pub use polyattn_flash as flash;
+#[cfg(feature = "ngram")]
+pub use polyattn_ngram as ngram;
+pub use polyattn_nn as nn;
+#[cfg(feature = "plain")]
+pub use polyattn_plain as plain;
+pub use polyattn_replay as replay;
