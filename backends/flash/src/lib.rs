@@ -1,1 +1,56 @@
-//! Portable flash attention in WGSL over a paged cache
+//! Portable flash attention in WGSL over a paged cache.
+//!
+//! It serves prefill, decode, verify and draft with one kernel on any GPU that wgpu reaches: no cooperative matrices,
+//! no 16-bit arithmetic, subgroups where there are some.
+//!
+//! # Structure
+//! A work item is one KV head and up to 16 *rows* of one sequence: a row is a query row and one query head of the
+//! group, so that keys and values are read once for all heads that share them. One workgroup of 256 threads serves an
+//! item. Threads form *slices*, each wide enough to cover a head with 8 elements a thread. Slice g takes keys g·w to
+//! g·w + w − 1 of every tile of 256 keys, w being its width: each thread scores one key for all rows, then sums its 8
+//! elements of the slice's values. A slice keeps an online softmax of its own, and slices are merged once at the end.
+//! Where a slice lies within a subgroup, its threads talk by shuffles and the loop over the keys has no barrier.
+//!
+//! # What follows
+//! Tiles begin at position 0, and nothing in the order of a row's arithmetic depends on the other rows, on the rows of
+//! an item, or on the batch. So a row of a verify pass has the bits of the decode call at its position, and a sequence
+//! has the same bits in any batch.
+
+#![forbid(unsafe_code)]
+
+mod capabilities;
+mod kernel;
+mod shader;
+#[cfg(test)]
+mod tests;
+
+use std::sync::Arc;
+
+use polyattn_api::{
+    AttentionBackend, AttentionKernel, AttentionProblem, BackendError, Capabilities, Device, register_backend,
+};
+
+/// The backend's descriptor.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Flash;
+
+impl AttentionBackend for Flash {
+    fn name(&self) -> &'static str {
+        "flash"
+    }
+
+    fn capabilities(&self) -> &Capabilities {
+        &capabilities::CAPABILITIES
+    }
+
+    fn prepare(&self, device: &Device, problem: &AttentionProblem) -> Result<Arc<dyn AttentionKernel>, BackendError> {
+        let declines = self.declines(problem, device.facts());
+        if !declines.is_empty() {
+            return Err(BackendError::Declined(declines));
+        }
+        let exchange = shader::Exchange::choose(problem, device.facts());
+        Ok(Arc::new(kernel::Kernel::new(device, problem, exchange)?))
+    }
+}
+
+register_backend!(Flash, priority = 50);

@@ -1,0 +1,111 @@
+//! `flash` on whatever GPU there is, against the f64 reference.
+
+#![allow(clippy::unwrap_used, reason = "a failing test may panic")]
+
+use polyattn_api::{
+    AttentionBackend, AttentionIo, AttentionKind, AttentionProblem, BackendError, BatchLayout, DType, Decline, Device,
+    DeviceFacts, KvDType, Mask, Policy, Registry, Window, device::DeviceChoice, select,
+};
+use polyattn_flash::Flash;
+use polyattn_replay::{
+    Comparison,
+    random::{self, Spec},
+};
+
+const fn gqa(query_heads: u32, kv_heads: u32, head_dim: u32) -> AttentionKind {
+    AttentionKind::Gqa { query_heads, kv_heads, head_dim, value_dim: head_dim }
+}
+
+fn gpu() -> Option<Device> {
+    Device::open(&DeviceChoice::Gpu).inspect_err(|error| eprintln!("skipped: {error}")).ok()
+}
+
+#[test]
+fn random_problems() {
+    let Some(device) = gpu() else { return };
+    let ragged = [(1, 300), (0, 5), (20, 64), (0, 0), (3, 3)];
+    let small = gqa(6, 2, 64);
+    let window = |left, right| Some(Window { left, right });
+    let specs = [
+        Spec::new(small, DType::F32, &ragged),
+        Spec { page_size: 1, ..Spec::new(gqa(3, 1, 32), DType::F16, &ragged) },
+        Spec { page_size: 7, mask: Mask::Bidirectional, ..Spec::new(gqa(2, 2, 96), DType::F16, &ragged) },
+        Spec { page_size: 300, per_sequence_causal: true, ..Spec::new(gqa(8, 1, 128), DType::BF16, &ragged) },
+        Spec { kv_dtype: KvDType::F16, ..Spec::new(gqa(10, 2, 40), DType::F32, &ragged) },
+        Spec { kv_dtype: KvDType::F32, ..Spec::new(gqa(2, 1, 256), DType::BF16, &ragged) },
+        Spec { window: window(Some(17), None), ..Spec::new(small, DType::F32, &ragged) },
+        Spec { window: window(Some(9), Some(30)), mask: Mask::Bidirectional, ..Spec::new(small, DType::F32, &ragged) },
+        Spec {
+            mask: Mask::Tree,
+            softcap: Some(5.0),
+            alibi: true,
+            sinks: true,
+            ..Spec::new(small, DType::F32, &ragged)
+        },
+        Spec::new(gqa(9, 3, 64), DType::F16, &[(80, 530)]),
+    ];
+    for (seed, spec) in specs.iter().enumerate() {
+        let case = random::case(seed as u64, spec);
+        let outcome = case.run(&device, &Flash).unwrap();
+        let comparison = Comparison::of(&case, &outcome).unwrap();
+        assert!(comparison.within_tolerance, "{spec:?}: {comparison:?}");
+        assert_eq!(case.run(&device, &Flash).unwrap().out, outcome.out, "{spec:?}");
+    }
+}
+
+#[test]
+fn is_registered_and_declines_what_it_does_not_serve() {
+    let registry = Registry::global().unwrap();
+    assert_eq!(registry.backend("Flash").unwrap().priority, 50);
+    let facts = DeviceFacts::gpu("any");
+    let problem = AttentionProblem::new(gqa(9, 3, 64), DType::F16).mask(Mask::Bidirectional);
+    assert_eq!(select(&problem, &facts, registry, &Policy::Auto).unwrap().backend.name(), "flash");
+    let mut other = AttentionProblem::new(gqa(9, 2, 20), DType::F16);
+    other.kv_dtype = KvDType::Q8;
+    other.prefix_spans = true;
+    let reasons: Vec<_> = Flash.declines(&other, &facts).iter().map(ToString::to_string).collect();
+    assert_eq!(
+        reasons,
+        [
+            "9 query heads over 2 KV heads not supported",
+            "head_dim 20 not supported",
+            "kv dtype q8 not supported",
+            "prefix spans not supported"
+        ]
+    );
+    let mut small = facts.clone();
+    small.limits.workgroup_bytes = 8 << 10;
+    assert!(matches!(Flash.declines(&problem, &small)[..], [Decline::NeedsWorkgroupMemory { .. }]));
+    assert_eq!(Flash.declines(&problem, &DeviceFacts::cpu()), [Decline::NeedsGpu]);
+    assert!(matches!(Flash.prepare(&Device::cpu(), &problem), Err(BackendError::Declined(_))));
+}
+
+#[test]
+fn mistakes_are_typed_errors() {
+    let Some(device) = gpu() else { return };
+    let kernel = Flash.prepare(&device, &AttentionProblem::new(gqa(6, 2, 64), DType::F32)).unwrap();
+    let other = Flash.prepare(&device, &AttentionProblem::new(gqa(4, 4, 64), DType::F32)).unwrap();
+    let mut batch = BatchLayout::new(16, 1);
+    batch.push(1, 17, &[0]);
+    assert!(matches!(kernel.plan(&batch), Err(BackendError::Batch(_))));
+    let mut huge = BatchLayout::new(1 << 28, 1);
+    huge.push(1 << 28, 1 << 28, &[0]);
+    assert!(matches!(kernel.plan(&huge), Err(BackendError::Batch(_))));
+
+    let mut batch = BatchLayout::new(16, 1);
+    batch.push(1, 16, &[0]);
+    let mut commands = device.commands().unwrap();
+    let plan = kernel.plan(&batch).unwrap();
+    let small = device.alloc(16, "small").unwrap();
+    let io = AttentionIo::new(&small, &small, &small, &small);
+    assert!(matches!(kernel.encode(&mut commands, &plan, &io), Err(BackendError::Io(_))));
+    let large = device.alloc(1 << 16, "large").unwrap();
+    let out = device.alloc(1 << 16, "out").unwrap();
+    let io = AttentionIo::new(&large, &large, &large, &out);
+    assert!(matches!(kernel.encode(&mut commands, &other.plan(&batch).unwrap(), &io), Err(BackendError::Batch(_))));
+
+    // Nothing to do is no mistake.
+    let empty = kernel.plan(&BatchLayout::new(16, 1)).unwrap();
+    kernel.encode(&mut commands, &empty, &io).unwrap();
+    assert_eq!(commands.dispatches(), 0);
+}
