@@ -2,8 +2,14 @@
 
 use std::{ops::Range, sync::LazyLock};
 
-use half::{bf16, f16, slice::HalfFloatSliceExt};
+use half::{bf16, f16};
 use polyattn_api::{BackendError, BatchLayout, KvDType};
+
+use crate::lanes::{self, Isa};
+
+/// How many keys before its use a row is asked for. A cache's rows lie scattered, one head's among those of others, so
+/// that processors do not foresee them; without asking, a long context waits for memory most of the time.
+const AHEAD: u32 = 16;
 
 /// Rows of one tensor in their stored format.
 #[derive(Clone, Copy)]
@@ -37,12 +43,24 @@ impl<'a> Stored<'a> {
         })
     }
 
+    /// Asks for the first `dim` elements of row `row` to be brought near, if there is such a row.
+    fn prefetch(&self, row: usize, width: usize, dim: usize) {
+        let range = row * width..row * width + dim;
+        match self {
+            Self::F32(data) => lanes::prefetch(data.get(range)),
+            Self::F16(data) => lanes::prefetch(data.get(range)),
+            Self::BF16(data) => lanes::prefetch(data.get(range)),
+            Self::Q8(data, _) => lanes::prefetch(data.get(range)),
+            Self::F8(data, _) => lanes::prefetch(data.get(range)),
+        }
+    }
+
     /// Widens the first elements of row `row`, of rows that lie `width` elements apart.
-    pub(crate) fn widen(&self, row: usize, width: usize, into: &mut [f32]) {
+    pub(crate) fn widen(&self, isa: Isa, row: usize, width: usize, into: &mut [f32]) {
         let range = row * width..row * width + into.len();
         match self {
             Self::F32(data) => into.copy_from_slice(&data[range]),
-            Self::F16(data) => data[range].convert_to_f32_slice(into),
+            Self::F16(data) => lanes::widen_f16(isa, &data[range], into),
             Self::BF16(data) => {
                 for (to, from) in into.iter_mut().zip(&data[range]) {
                     *to = f32::from_bits(u32::from(from.to_bits()) << 16);
@@ -77,15 +95,27 @@ impl Paged<'_> {
     /// Widens positions `keys` of a sequence into rows of `dim` elements, `stride` apart; the first goes to row `at`.
     pub(crate) fn gather(
         &self,
+        isa: Isa,
         batch: &BatchLayout,
         (sequence, head): (usize, usize),
         keys: Range<u32>,
         (dim, stride): (usize, usize),
         into: &mut [f32],
     ) {
-        for (key, row) in keys.zip(into.chunks_mut(stride)) {
+        let row_of = |slot: usize| slot * self.heads + head;
+        let mut rows = into.chunks_mut(stride);
+        let (mut key, last) = (keys.start, batch.kv_len[sequence].saturating_sub(1));
+        while key < keys.end {
+            // One page: its slots follow each other.
             let slot = batch.slot(sequence, key);
-            self.stored.widen(slot * self.heads + head, self.width, &mut row[..dim]);
+            let end = keys.end.min((key / batch.page_size + 1).saturating_mul(batch.page_size));
+            let ahead = batch.slot(sequence, last.min(key.saturating_add(AHEAD)));
+            for (at, row) in (&mut rows).take((end - key) as usize).enumerate() {
+                // Often past the page it was meant for; then it is a wasted hint.
+                self.stored.prefetch(row_of(ahead + at), self.width, dim);
+                self.stored.widen(isa, row_of(slot + at), self.width, &mut row[..dim]);
+            }
+            key = end;
         }
     }
 }

@@ -20,7 +20,7 @@ pub(crate) const TILE: usize = 64;
 const ROWS: usize = 64;
 
 /// Multiply-adds below which starting other threads takes longer than doing it all.
-const SERIAL: u64 = 1 << 17;
+const SERIAL: u64 = 1 << 18;
 
 /// Attention of one problem on the CPU.
 #[derive(Debug)]
@@ -342,7 +342,7 @@ impl Call<'_> {
         for (row, q) in q.chunks_exact_mut(dim).enumerate() {
             let source =
                 (first_row + row / heads) * kind.query_heads() as usize + item.first_head as usize + row % heads;
-            self.q.widen(source, dim, q);
+            self.q.widen(self.isa, source, dim, q);
         }
         let visible: Vec<_> = (item.first_query..item.first_query + item.queries)
             .map(|query| Visible::new(self.problem, self.batch, sequence, query))
@@ -361,9 +361,9 @@ impl Call<'_> {
                 let (first, end) = (seen.trailing_zeros() as usize, TILE - seen.leading_zeros() as usize);
                 let keys: Range<u32> = (base + first as i64) as u32..(base + end as i64) as u32;
                 let of = (sequence, item.kv_head as usize);
-                self.keys.gather(self.batch, of, keys.clone(), (dim, dim), &mut k[first * dim..]);
+                self.keys.gather(self.isa, self.batch, of, keys.clone(), (dim, dim), &mut k[first * dim..]);
                 lanes::transpose(self.isa, k, dim, k_columns, first, end);
-                self.values.gather(self.batch, of, keys, (value_dim, padded), &mut v[first * padded..]);
+                self.values.gather(self.isa, self.batch, of, keys, (value_dim, padded), &mut v[first * padded..]);
 
                 weights.fill(0.0);
                 for start in (0..rows).step_by(BLOCK) {

@@ -6,6 +6,8 @@
 
 #![allow(unsafe_code)]
 
+use half::{f16, slice::HalfFloatSliceExt};
+
 use crate::kernel::TILE;
 
 /// Rows that a product keeps in registers at once.
@@ -29,7 +31,8 @@ impl Isa {
     pub(crate) fn detect() -> Self {
         #[cfg(target_arch = "x86_64")]
         {
-            let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+            let avx2 =
+                is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
             if avx2 && is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vl") {
                 return Self(Set::Avx512);
             }
@@ -100,6 +103,8 @@ impl Lanes for Portable {
 mod x86 {
     use std::arch::x86_64::*;
 
+    use half::f16;
+
     use super::Lanes;
 
     /// Exists only inside functions compiled for AVX2 and FMA.
@@ -145,6 +150,21 @@ mod x86 {
     }
     lanes!(Avx2, 8, _mm256_set1_ps, _mm256_loadu_ps, _mm256_storeu_ps, _mm256_fmadd_ps);
     lanes!(Avx512, 16, _mm512_set1_ps, _mm512_loadu_ps, _mm512_storeu_ps, _mm512_fmadd_ps);
+
+    /// Widens as many elements as `into` has.
+    #[target_feature(enable = "avx2,f16c")]
+    pub(super) fn widen_f16(from: &[f16], into: &mut [f32]) {
+        let from = &from[..into.len()];
+        let (whole, rest) = from.as_chunks::<8>();
+        let (into, into_rest) = into.as_chunks_mut::<8>();
+        for (from, into) in whole.iter().zip(into) {
+            // SAFETY: both arrays have as many elements as the registers.
+            unsafe { _mm256_storeu_ps(into.as_mut_ptr(), _mm256_cvtph_ps(_mm_loadu_si128(from.as_ptr().cast()))) }
+        }
+        for (from, into) in rest.iter().zip(into_rest) {
+            *into = from.to_f32();
+        }
+    }
 
     /// Writes 8 × 8 elements of `from` (rows `from_stride` apart) as columns of `to`.
     #[target_feature(enable = "avx2")]
@@ -197,12 +217,12 @@ macro_rules! for_each_isa {
         #[inline]
         $visible fn $name(isa: Isa, $($argument: $type),*) $(-> $result)? {
             #[cfg(target_arch = "x86_64")]
-            #[target_feature(enable = "avx2,fma")]
+            #[target_feature(enable = "avx2,fma,f16c")]
             fn avx2($($argument: $type),*) $(-> $result)? {
                 $avx2
             }
             #[cfg(target_arch = "x86_64")]
-            #[target_feature(enable = "avx512f,avx512vl,avx2,fma")]
+            #[target_feature(enable = "avx512f,avx512vl,avx2,fma,f16c")]
             fn avx512($($argument: $type),*) $(-> $result)? {
                 $avx512
             }
@@ -348,6 +368,30 @@ fn transpose_plain(from: &[f32], dim: usize, to: &mut [f32], first: usize, end: 
             to[d * TILE + row] = from[row * dim + d];
         }
     }
+}
+
+for_each_isa! {
+    /// Widens as many elements as `into` has.
+    pub(crate) fn widen_f16(from: &[f16], into: &mut [f32]) {
+        portable: from[..into.len()].convert_to_f32_slice(into),
+        avx2: x86::widen_f16(from, into),
+        avx512: x86::widen_f16(from, into),
+    }
+}
+
+/// Asks for memory to be brought near. A hint: it changes nothing.
+#[inline]
+pub(crate) fn prefetch<T>(data: Option<&[T]>) {
+    #[cfg(target_arch = "x86_64")]
+    if let Some(data) = data {
+        const LINE: usize = 64;
+        for line in data.chunks((LINE / size_of::<T>().max(1)).max(1)) {
+            // SAFETY: a prefetch has no effect a program could observe, on any address.
+            unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(line.as_ptr().cast()) }
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = data;
 }
 
 /// What becomes of dot products before the softmax.
@@ -507,6 +551,10 @@ mod tests {
                     }
                 }
             }
+            let halves: Vec<f16> = (0..29).map(number).map(f16::from_f32).collect();
+            let mut wide = [0.0; 29];
+            widen_f16(isa, &halves, &mut wide);
+            assert!(halves.iter().zip(wide).all(|(half, wide)| half.to_f32() == wide), "{isa:?}");
             let mut row: [f32; TILE] = std::array::from_fn(number);
             let to = Logits { scale: 0.5, softcap: Some(3.0), alibi: Some((0.25, -70.0)) };
             let top = logits(isa, &mut row, to, !(1 << 9));

@@ -61,18 +61,14 @@ impl AttentionBackend for Cpu {
 
     fn declines(&self, problem: &AttentionProblem, device: &DeviceFacts) -> Vec<Decline> {
         let mut reasons = self.capabilities().declines(problem, device);
-        let kind = problem.kind;
-        let (heads, kv_heads) = (kind.query_heads(), kind.kv_heads());
-        if heads == 0 || kv_heads == 0 || !heads.is_multiple_of(kv_heads) {
-            reasons.push(Decline::Other(format!("{heads} query heads over {kv_heads} kv heads").into()));
-        }
         let served = |dim: u32| (1..=MOST_DIM).contains(&dim);
-        match kind {
+        match problem.kind {
             AttentionKind::Gqa { head_dim, value_dim, .. } => {
                 reasons.extend((!served(head_dim)).then_some(Decline::HeadDim(head_dim)));
                 reasons.extend((!served(value_dim)).then_some(Decline::ValueDim(value_dim)));
             }
-            AttentionKind::Mla { latent_dim, rope_dim, .. } => {
+            AttentionKind::Mla { query_heads, latent_dim, rope_dim } => {
+                reasons.extend((query_heads == 0).then_some(Decline::Other("attention without heads".into())));
                 reasons.extend((!served(latent_dim)).then_some(Decline::LatentDim(latent_dim)));
                 reasons.extend((rope_dim > MOST_DIM).then_some(Decline::RopeDim(rope_dim)));
             }

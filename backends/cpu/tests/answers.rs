@@ -18,7 +18,7 @@ fn gqa(query_heads: u32, kv_heads: u32, head_dim: u32, value_dim: u32) -> Attent
     AttentionKind::Gqa { query_heads, kv_heads, head_dim, value_dim }
 }
 
-const MLA: AttentionKind = AttentionKind::Mla { query_heads: 20, latent_dim: 40, rope_dim: 8 };
+const MLA: AttentionKind = AttentionKind::Mla { query_heads: 12, latent_dim: 40, rope_dim: 8 };
 
 fn run(case: &Case) -> Outcome {
     let backend = Registry::global().unwrap().backend("cpu").unwrap();
@@ -54,7 +54,7 @@ fn golden_files() {
     }
 }
 
-const SEQUENCES: [(u32, u32); 8] = [(1, 130), (7, 64), (0, 40), (3, 3), (70, 150), (1, 1), (0, 0), (33, 200)];
+const SEQUENCES: [(u32, u32); 8] = [(1, 130), (7, 64), (0, 40), (3, 3), (24, 90), (1, 1), (0, 0), (5, 140)];
 
 #[test]
 fn every_feature_in_every_format() {
@@ -84,11 +84,16 @@ fn every_feature_in_every_format() {
     ];
     for kind in [gqa(6, 2, 20, 36), MLA] {
         for (seed, (name, change)) in features.iter().enumerate() {
-            for dtype in [DType::F32, DType::F16, DType::BF16] {
-                for kv_dtype in KvDType::ALL {
-                    let mut spec = Spec { kv_dtype, ..Spec::new(kind, dtype, &SEQUENCES) };
-                    change(&mut spec);
-                    check(&format!("{name}, {dtype} over {kv_dtype}, {kind:?}"), &random::case(seed as u64, &spec));
+            let whole_matrix = ["causal", "all of it"].contains(name);
+            for (row, dtype) in [DType::F32, DType::F16, DType::BF16].into_iter().enumerate() {
+                for (column, kv_dtype) in KvDType::ALL.into_iter().enumerate() {
+                    // The other features take f32, where the tolerance is small, and one cache format for each dtype.
+                    let turn = (row + column + seed) % KvDType::ALL.len() == 0;
+                    if whole_matrix || turn || (row, column) == (0, 0) {
+                        let mut spec = Spec { kv_dtype, ..Spec::new(kind, dtype, &SEQUENCES) };
+                        change(&mut spec);
+                        check(&format!("{name}, {dtype} over {kv_dtype}, {kind:?}"), &random::case(seed as u64, &spec));
+                    }
                 }
             }
         }

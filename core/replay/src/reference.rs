@@ -21,11 +21,12 @@ pub fn attention_f64(case: &Case) -> Result<(Vec<f64>, Vec<f64>), ReplayError> {
         let (start, queries) = batch.queries(sequence);
         let length = batch.kv_len[sequence];
         let slots: Vec<usize> = (0..length).map(|key| batch.slot(sequence, key)).collect();
-        for head in 0..heads {
-            let kv_head = head / (heads / kv_heads);
+        for kv_head in 0..kv_heads {
             let keys: Vec<Vec<f64>> = slots.iter().map(|slot| key(case, *slot, kv_head)).collect();
             let values: Vec<Vec<f64>> = slots.iter().map(|slot| value(case, *slot, kv_head)).collect();
-            for query in 0..queries {
+            let group = heads / kv_heads;
+            for (query, head) in (0..queries).flat_map(|query| (0..group).map(move |at| (query, kv_head * group + at)))
+            {
                 let row = (start + query) as usize * heads + head;
                 let q: Vec<f64> = (0..dim).map(|at| number::query(&case.q, problem.dtype, row * dim + at)).collect();
                 let mut logits = Vec::new();
