@@ -165,16 +165,16 @@ impl BatchLayout {
             None if problem.mask == Mask::Tree => return fail("mask tree without a tree mask".into()),
             Some(tree) => {
                 let rows = self.rows() as usize;
-                if tree.bits.len() != rows * tree.words {
+                if Some(tree.bits.len()) != rows.checked_mul(tree.words) {
                     return fail(format!(
                         "tree_mask has {} words, {rows} rows of {} need {}",
                         tree.bits.len(),
                         tree.words,
-                        rows * tree.words
+                        rows.saturating_mul(tree.words)
                     ));
                 }
                 let most = (0..batch).map(|sequence| self.queries(sequence).1).max().unwrap_or(0);
-                if (tree.words as u64) * 32 < u64::from(most) {
+                if (tree.words as u64).saturating_mul(32) < u64::from(most) {
                     return fail(format!("tree_mask rows of {} words cannot hold {most} query rows", tree.words));
                 }
             }

@@ -314,7 +314,7 @@ fn read(bytes: &[u8]) -> Result<Case, String> {
     layout.query_start = counts("query_start", &start)?;
     layout.kv_len = counts("kv_len", &kv_len)?;
     layout.page_table = elements(&table);
-    layout.max_pages = table.shape()[1];
+    layout.max_pages = size("page_table", &table, 1)? as usize;
     if tokens.1 != Some(u64::from(layout.rows())) {
         return Err(format!(
             "tensor query_start ends with {}, tensor q has {} rows",
@@ -337,7 +337,7 @@ fn read(bytes: &[u8]) -> Result<Case, String> {
     }
     if problem.mask == Mask::Tree {
         let tensor = tensors.required("tree_mask", Dtype::U32, &[tokens, ("words", None)])?;
-        layout.tree = Some(TreeMask { words: tensor.shape()[1], bits: elements(&tensor) });
+        layout.tree = Some(TreeMask { words: size("tree_mask", &tensor, 1)? as usize, bits: elements(&tensor) });
     }
 
     let (q, k_cache) = (q.data().to_vec(), k.data().to_vec());

@@ -295,6 +295,17 @@ fn malformed_files_name_what_is_wrong() {
 }
 
 #[test]
+fn sizes_beyond_reason_are_errors() {
+    let case = random::case(5, &Spec { mask: Mask::Tree, ..Spec::new(GQA, DType::F32, &[(0, 20)]) });
+    let mut parts = Parts::of(&case);
+    parts.put("tree_mask", Dtype::U32, &[0, 1 << 60], &[]);
+    assert!(parts.load().unwrap_err().to_string().contains("tensor tree_mask has shape [0, 1152921504606846976]"));
+    let mut case = case;
+    case.batch.tree.as_mut().unwrap().words = usize::MAX;
+    case.validate().unwrap();
+}
+
+#[test]
 fn any_bytes_give_an_error() {
     let bytes = random::case(5, &Spec::new(GQA, DType::F32, &[(2, 20)])).to_bytes().unwrap();
     assert!(Case::from_bytes("x", b"").is_err());
