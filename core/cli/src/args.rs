@@ -1,6 +1,6 @@
 //! The command line.
 
-use std::{convert::Infallible, ffi::OsString, process::ExitCode};
+use std::{convert::Infallible, ffi::OsString, io::IsTerminal, process::ExitCode};
 
 use clap::{ArgAction, Parser, Subcommand, error::ErrorKind};
 use polyattn::device::DeviceChoice;
@@ -146,7 +146,12 @@ fn log(verbose: u8) {
         _ => "debug,polyattn=trace",
     };
     let filter = EnvFilter::try_from_env("POLYATTN_LOG").unwrap_or_else(|_| EnvFilter::new(filter));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).without_time().init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .without_time()
+        .init();
 }
 
 #[cfg(test)]

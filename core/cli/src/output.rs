@@ -35,8 +35,13 @@ impl Context {
 
 /// A remark for people, on standard error.
 pub(crate) fn note(text: &str) {
+    remark(&format!("note: {text}"));
+}
+
+/// What is said beside an answer, on standard error.
+pub(crate) fn remark(text: &str) {
     // Nobody is left to tell where standard error is closed.
-    let _ = writeln!(std::io::stderr(), "note: {text}");
+    let _ = writeln!(std::io::stderr(), "{text}");
 }
 
 /// One JSON document, indented.
@@ -76,6 +81,5 @@ pub(crate) fn bytes(count: u64) -> String {
 
 /// A fault, on standard error.
 pub(crate) fn complain(text: &str) {
-    // Nobody is left to tell where standard error is closed.
-    let _ = writeln!(std::io::stderr(), "error: {text}");
+    remark(&format!("error: {text}"));
 }

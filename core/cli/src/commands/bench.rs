@@ -1,12 +1,34 @@
 //! `polyattn bench`.
 
-use std::path::PathBuf;
+use std::{ops::ControlFlow, path::PathBuf, time::Instant};
 
-use super::options::ModelArgs;
-use crate::{
-    failure::{Ended, Failure},
-    output::Context,
+use polyattn::{
+    device::Device,
+    engine::{Engine, EngineOptions, Request},
+    nn::load::ChatMessage,
 };
+use serde::Serialize;
+
+use super::{
+    load::Model,
+    options::{ModelArgs, ProposerChoice, SpeculativeChoice},
+};
+use crate::{
+    failure::{Ended, Failure, Verdict},
+    output::{self, Context},
+};
+
+/// One prompt of each domain, so that acceptance is neither flattered nor slandered.
+const PROMPTS: [&str; 4] = [
+    "Hi! I had a long day at work. What should I cook for dinner tonight?",
+    "Write a Python function that counts how often each word occurs in a text.",
+    "Tell me a short story about a lighthouse keeper who finds a letter in a bottle.",
+    "A shop sells pencils at 3 coins each. Anna buys 12 pencils and pays with 50 coins. What is her change?",
+];
+
+/// What a prompt of a given length is filled with.
+const FILLER: &str = "The river ran past the old mill and under the stone bridge, where every morning the baker's \
+    daughter stopped to count the boats before she carried bread up the hill to the houses at the edge of the wood. ";
 
 /// Measure, and print tables that say on which device.
 #[derive(Clone, Debug, clap::Args)]
@@ -25,39 +47,281 @@ enum What {
 }
 
 /// Prefill and decode tokens/s of a model, plain and with each proposer.
+///
+/// Prefill is measured on a prompt of the given length, decoding on four short prompts (chat, code, prose, maths) taken
+/// together, without regard to end tokens. On the CPU the ceilings are measured in the same run: the bandwidth of a
+/// copy in memory, and the gemm library's speed on a large matrix.
 #[derive(Clone, Debug, clap::Args)]
 #[command(after_help = "Examples:
   polyattn bench generate --model smollm2
-  polyattn bench generate --proposer none --proposer ngram -n 64 --device gpu")]
+  polyattn bench generate --proposer none --proposer ngram -n 64 --device gpu
+  polyattn bench generate --proposer dflash --num-speculative-tokens 5 --num-speculative-tokens 15")]
 pub(crate) struct GenerateArgs {
     #[command(flatten)]
-    pub(crate) model: ModelArgs,
+    model: ModelArgs,
 
     /// A proposer to measure, none for plain decoding; may be given several times. Without, plain decoding and every
     /// proposer that the model has what it needs for.
     #[arg(long, value_name = "NAME|none")]
-    pub(crate) proposer: Vec<String>,
+    proposer: Vec<String>,
 
     /// The draft model of proposers that need one: a file or a folder.
     #[arg(long, value_name = "DIR|FILE")]
-    pub(crate) draft_model: Option<PathBuf>,
+    draft_model: Option<PathBuf>,
+
+    /// Tokens verified a step; may be given several times, one row each. Without, each proposer's own default.
+    #[arg(long, value_name = "N")]
+    num_speculative_tokens: Vec<u32>,
 
     /// Tokens of the prompt.
     #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..))]
-    pub(crate) prompt_tokens: u32,
+    prompt_tokens: u32,
 
     /// New tokens.
     #[arg(short = 'n', long = "max-tokens", value_name = "N", default_value_t = 128,
         value_parser = clap::value_parser!(u32).range(1..))]
-    pub(crate) max_tokens: u32,
+    max_tokens: u32,
 
     /// Runs of each row, of which the fastest counts.
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
-    pub(crate) repeat: u32,
+    repeat: u32,
+}
+
+#[derive(Serialize)]
+struct Answer<'a> {
+    command: String,
+    model: &'a str,
+    device: &'a str,
+    driver: &'a str,
+    prompt_tokens: usize,
+    new_tokens: u32,
+    weight_bytes: u64,
+    ceilings: Option<Ceilings>,
+    rows: Vec<Row>,
+}
+
+/// What the CPU reaches at the most, measured.
+#[derive(Clone, Copy, Serialize)]
+struct Ceilings {
+    /// Bytes read of a copy in memory, by the second.
+    copy_gigabytes_per_second: f64,
+    /// f32 arithmetic of the gemm library.
+    gemm_gigaflops: f64,
+}
+
+#[derive(Serialize)]
+struct Row {
+    proposer: String,
+    num_speculative_tokens: Option<u32>,
+    prefill_tokens_per_second: f64,
+    decode_tokens_per_second: f64,
+    /// Against the first row, which is plain decoding unless it was left out.
+    speed_up: f64,
+    mean_acceptance_length: Option<f64>,
+    /// Decoding time ÷ the time in which the weights could be copied once for each target pass; CPU alone.
+    decode_over_memory_floor: Option<f64>,
+    /// Prefill's arithmetic in the matrices ÷ what the gemm library reaches; CPU alone.
+    prefill_share_of_gemm: Option<f64>,
 }
 
 pub(crate) fn run(args: Args, context: &Context) -> Ended {
     let What::Generate(args) = args.what;
-    tracing::debug!(?args, device = %context.device, "bench generate");
-    Err(Failure::new("bench generate: this build has no engine to measure"))
+    let device = context.open()?;
+    let model = Model::open(args.model.model.as_deref(), args.model.offline)?;
+    let filler = model.source.tokenizer.encode_text(FILLER)?;
+    let prompt: Vec<u32> = filler.iter().copied().cycle().take(args.prompt_tokens as usize).collect();
+    let ceilings = device.is_cpu().then(measure_ceilings);
+    let mut answer = Answer {
+        command: std::env::args().collect::<Vec<_>>().join(" "),
+        model: &model.name,
+        device: &device.facts().name,
+        driver: &device.facts().driver,
+        prompt_tokens: prompt.len(),
+        new_tokens: args.max_tokens,
+        weight_bytes: 0,
+        ceilings,
+        rows: Vec::new(),
+    };
+    for proposer in proposers(&args, &model) {
+        let choice = SpeculativeChoice {
+            proposer: match proposer.as_str() {
+                "none" => ProposerChoice::None,
+                name => ProposerChoice::Named(name.to_owned()),
+            },
+            draft_model: args.draft_model.clone().filter(|_| proposer == "dflash"),
+            ..SpeculativeChoice::default()
+        };
+        let room = prompt.len().max(256).saturating_add(args.max_tokens as usize);
+        let mut setup = EngineOptions::default()
+            .with_context(u32::try_from(room).unwrap_or(u32::MAX))
+            .with_speculative(model.speculative(&choice)?);
+        let backend = args.model.attention_backend.as_deref().and_then(polyattn::api::BackendName::parse);
+        setup.attention.backend = backend.into();
+        let mut engine = model.engine(&device, &setup)?;
+        answer.weight_bytes = engine.weight_bytes();
+        let widths: Vec<Option<u32>> = match (engine.proposer(), args.num_speculative_tokens.as_slice()) {
+            (None, _) | (_, []) => vec![None],
+            (Some(_), several) => several.iter().map(|tokens| Some(*tokens)).collect(),
+        };
+        for width in widths {
+            if let Some(width) = width {
+                engine.set_speculative_tokens(width)?;
+            }
+            let mut row = measure(&mut engine, &model, &prompt, &args, ceilings)?;
+            let first = answer.rows.first().map_or(row.decode_tokens_per_second, |row| row.decode_tokens_per_second);
+            row.speed_up = row.decode_tokens_per_second / first;
+            if !context.json {
+                output::note(&format!("{} done", row.proposer));
+            }
+            answer.rows.push(row);
+        }
+    }
+    context.answer(&answer, || table(&answer))?;
+    Ok(Verdict::Holds)
+}
+
+/// Those asked for, or plain decoding and all that the model has what they need for.
+fn proposers(args: &GenerateArgs, model: &Model) -> Vec<String> {
+    if !args.proposer.is_empty() {
+        return args.proposer.iter().map(|name| name.to_ascii_lowercase()).collect();
+    }
+    let mut names = vec!["none".to_owned(), "ngram".to_owned()];
+    if args.draft_model.is_some() || model.has_drafter() {
+        names.push("dflash".into());
+    }
+    names
+}
+
+fn measure(
+    engine: &mut Engine,
+    model: &Model,
+    prompt: &[u32],
+    args: &GenerateArgs,
+    ceilings: Option<Ceilings>,
+) -> Result<Row, Failure> {
+    let mut run = |prompt: Vec<u32>, tokens: u32| {
+        let mut request = Request::new(prompt, tokens as usize);
+        request.stop = Some(Vec::new());
+        engine.generate(&request, &mut |_| ControlFlow::Continue(()))
+    };
+    let mut prompts = Vec::new();
+    for text in PROMPTS {
+        prompts.push(match &model.source.chat_template {
+            Some(template) => template.encode(&model.source.tokenizer, &[ChatMessage::user(text)], true)?,
+            None => model.source.tokenizer.encode_text(text)?,
+        });
+    }
+    // Pipelines are compiled on first use.
+    run(prompts[0].clone(), args.max_tokens.min(16))?;
+    let (mut prefill, mut decode) = (f64::INFINITY, f64::INFINITY);
+    let (mut tokens, mut passes, mut accepted, mut drafted_steps) = (0, 0, 0, 0);
+    for _ in 0..args.repeat {
+        prefill = prefill.min(run(prompt.to_vec(), 1)?.prefill.as_secs_f64());
+        let mut seconds = 0.0;
+        (tokens, passes, accepted, drafted_steps) = (0, 0, 0, 0);
+        for prompt in &prompts {
+            let generation = run(prompt.clone(), args.max_tokens)?;
+            seconds += generation.decode.as_secs_f64();
+            tokens += generation.tokens.len() - 1;
+            passes += generation.steps;
+            if let Some(acceptance) = generation.acceptance {
+                accepted += acceptance.accepted;
+                drafted_steps += acceptance.drafted_steps;
+            }
+        }
+        decode = decode.min(seconds);
+    }
+    let config = &model.source.config;
+    let embedding = u64::from(config.vocab_size) * u64::from(config.hidden_size);
+    // Of the embedding a prompt reads single rows, and its head is one row's.
+    let held = engine.weight_bytes() as f64;
+    let layer_parameters = config.layer_parameters();
+    let flops = 2.0 * (layer_parameters as f64 * prompt.len() as f64 + embedding as f64);
+    Ok(Row {
+        proposer: engine.proposer().map_or("none", |(name, _)| name).to_owned(),
+        num_speculative_tokens: engine.proposer().map(|(_, tokens)| tokens),
+        prefill_tokens_per_second: prompt.len() as f64 / prefill,
+        decode_tokens_per_second: if decode > 0.0 { tokens as f64 / decode } else { 0.0 },
+        speed_up: 1.0,
+        mean_acceptance_length: engine
+            .proposer()
+            .map(|_| 1.0 + if drafted_steps == 0 { 0.0 } else { accepted as f64 / drafted_steps as f64 }),
+        decode_over_memory_floor: ceilings
+            .filter(|_| passes > 0)
+            .map(|ceilings| decode / (passes as f64 * held / (ceilings.copy_gigabytes_per_second * 1e9))),
+        prefill_share_of_gemm: ceilings.map(|ceilings| flops / prefill / (ceilings.gemm_gigaflops * 1e9)),
+    })
+}
+
+fn measure_ceilings() -> Ceilings {
+    let best = |work: &mut dyn FnMut()| {
+        (0..5).fold(f64::INFINITY, |best, _| {
+            let start = Instant::now();
+            work();
+            best.min(start.elapsed().as_secs_f64())
+        })
+    };
+    let threads = rayon::current_num_threads();
+    let words = 32 << 20;
+    let source = vec![1u64; words];
+    let mut target = vec![0u64; words];
+    let copy = best(&mut || {
+        let part = words.div_ceil(threads);
+        rayon::scope(|scope| {
+            for (to, from) in target.chunks_mut(part).zip(source.chunks(part)) {
+                scope.spawn(move |_| to.copy_from_slice(from));
+            }
+        });
+    });
+    let side = 1024;
+    let (a, b) = (vec![0.5f32; side * side], vec![0.25f32; side * side]);
+    let mut product = vec![0f32; side * side];
+    let gemm = best(&mut || polyattn::nn::ops::matrix_product(&a, &b, &mut product, side, side, side));
+    Ceilings {
+        copy_gigabytes_per_second: (words * 8) as f64 / copy / 1e9,
+        gemm_gigaflops: 2.0 * (side as f64).powi(3) / gemm / 1e9,
+    }
+}
+
+fn table(answer: &Answer<'_>) -> String {
+    let mut table = output::table(&[
+        "proposer",
+        "tokens a step",
+        "prefill tokens/s",
+        "decode tokens/s",
+        "speed-up",
+        "acceptance length",
+        "÷ memory floor",
+        "of gemm's peak",
+    ]);
+    let number = |value: Option<f64>, digits: usize| value.map_or("–".to_owned(), |value| format!("{value:.digits$}"));
+    for row in &answer.rows {
+        table.add_row([
+            row.proposer.clone(),
+            row.num_speculative_tokens.map_or("–".into(), |tokens| tokens.to_string()),
+            format!("{:.1}", row.prefill_tokens_per_second),
+            format!("{:.1}", row.decode_tokens_per_second),
+            format!("{:.2}", row.speed_up),
+            number(row.mean_acceptance_length, 2),
+            number(row.decode_over_memory_floor, 2),
+            number(row.prefill_share_of_gemm.map(|share| share * 100.0), 0)
+                + if row.prefill_share_of_gemm.is_some() { " %" } else { "" },
+        ]);
+    }
+    let mut text = format!(
+        "{} on {} {}: prompt of {} tokens, {} new ones, weights of {}\n{table}",
+        answer.model,
+        answer.device,
+        answer.driver,
+        answer.prompt_tokens,
+        answer.new_tokens,
+        output::bytes(answer.weight_bytes)
+    );
+    if let Some(ceilings) = answer.ceilings {
+        text += &format!(
+            "\nceilings of this run: copy {:.1} GB/s read, gemm {:.0} GFLOP/s",
+            ceilings.copy_gigabytes_per_second, ceilings.gemm_gigaflops
+        );
+    }
+    text
 }

@@ -1,13 +1,24 @@
 //! `polyattn generate`.
 
-use std::path::PathBuf;
+use std::{collections::BTreeMap, io::Write, ops::ControlFlow, path::PathBuf, sync::atomic::Ordering};
 
-use polyattn::api::BackendName;
+use polyattn::{
+    api::BackendName,
+    engine::{
+        Acceptance, Backends, Engine, EngineOptions, Generation, RecordOptions, Request, Sampling, StopReason,
+    },
+    nn::load::{ChatMessage, Detokenizer},
+};
+use serde::Serialize;
 
-use super::options::{ModelArgs, SpeculativeArgs, SpeculativeChoice};
+use super::{
+    load::Model,
+    options::{ModelArgs, SpeculativeArgs, SpeculativeChoice},
+};
 use crate::{
-    failure::{Ended, Failure},
-    output::Context,
+    failure::{Ended, Failure, Verdict},
+    interrupt,
+    output::{self, Context},
 };
 
 /// Generate text with a real model, and report who served which attention.
@@ -147,8 +158,149 @@ impl TryFrom<Args> for GenerateOptions {
 
 pub(crate) fn run(args: Args, context: &Context) -> Ended {
     let options = GenerateOptions::try_from(args)?;
-    tracing::debug!(?options, device = %context.device, "generate");
-    Err(Failure::new("generate: this build has no engine to generate with"))
+    let device = context.open()?;
+    let model = Model::open(options.model.as_deref(), options.offline)?;
+    let tokenizer = &model.source.tokenizer;
+    if !tokenizer.survives_round_trip(&options.prompt) {
+        output::note("the model's vocabulary cannot spell all of the prompt; what it lacks is lost");
+    }
+    let prompt = prompt_ids(&model, &options)?;
+
+    let mut setup = EngineOptions::default()
+        .with_context(u32::try_from(prompt.len().saturating_add(options.max_tokens)).unwrap_or(u32::MAX))
+        .with_speculative(model.speculative(&options.speculative)?);
+    setup.attention.backend = options.attention_backend.clone().into();
+    setup.record = options.record.clone().map(|record| RecordOptions {
+        folder: record.folder,
+        layer: record.layer,
+        step: record.step,
+    });
+    let mut engine = model.engine(&device, &setup)?;
+
+    let mut request = Request::new(prompt, options.max_tokens);
+    request.sampling = Sampling {
+        temperature: options.temperature,
+        top_k: options.top_k,
+        top_p: options.top_p,
+        seed: options.seed,
+    };
+    let mut words = Words { detokenizer: tokenizer.detokenizer(), silent: context.json };
+    let interrupted = interrupt::flag();
+    let generation = engine.generate(&request, &mut |tokens| {
+        let heard = words.say(tokens);
+        if heard && !interrupted.load(Ordering::SeqCst) { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+    })?;
+    words.finish();
+
+    if context.json {
+        let answer = Answer {
+            text: tokenizer.decode(&generation.tokens),
+            tokens: &generation.tokens,
+            prompt_tokens: generation.prompt_tokens,
+            stop: generation.stop,
+            model: &model.name,
+            device: &device.facts().name,
+            proposer: engine.proposer().map(|(name, _)| name),
+            num_speculative_tokens: engine.proposer().map(|(_, tokens)| tokens),
+            backends: &generation.backends,
+            calls: &generation.calls,
+            steps: generation.steps,
+            tokens_per_second: generation.tokens_per_second(),
+            prefill_seconds: generation.prefill.as_secs_f64(),
+            decode_seconds: generation.decode.as_secs_f64(),
+            acceptance: generation.acceptance.as_ref(),
+        };
+        output::print(&output::json(&answer)?)?;
+    } else {
+        // The text is on standard output by itself; what is said of it goes beside it.
+        output::remark(&summary(&engine, &generation));
+    }
+    Ok(Verdict::Holds)
+}
+
+fn prompt_ids(model: &Model, options: &GenerateOptions) -> Result<Vec<u32>, Failure> {
+    let source = &model.source;
+    if options.chat {
+        let template = source.chat_template.as_ref().ok_or_else(|| {
+            Failure::new(format!("--chat: {} has no chat template; leave --chat out to go on from the text", model.name))
+        })?;
+        return Ok(template.encode(&source.tokenizer, &[ChatMessage::user(&options.prompt)], true)?);
+    }
+    let mut ids = source.tokenizer.encode_text(&options.prompt)?;
+    if let (true, Some(bos)) = (source.config.add_bos, source.config.bos) {
+        ids.insert(0, bos);
+    }
+    Ok(ids)
+}
+
+/// New text on its way to standard output, in whole characters.
+struct Words {
+    detokenizer: Detokenizer,
+    silent: bool,
+}
+
+impl Words {
+    /// Whether somebody is there to read.
+    fn say(&mut self, tokens: &[u32]) -> bool {
+        if self.silent {
+            return true;
+        }
+        let text: String = tokens.iter().filter_map(|token| self.detokenizer.push(*token)).collect();
+        let mut out = std::io::stdout().lock();
+        out.write_all(text.as_bytes()).and_then(|()| out.flush()).is_ok()
+    }
+
+    fn finish(self) {
+        if !self.silent {
+            let mut out = std::io::stdout().lock();
+            // Nobody is left to tell where standard output is closed.
+            let _ = writeln!(out, "{}", self.detokenizer.finish());
+        }
+    }
+}
+
+#[derive(Serialize)]
+struct Answer<'a> {
+    text: String,
+    tokens: &'a [u32],
+    prompt_tokens: usize,
+    stop: StopReason,
+    model: &'a str,
+    device: &'a str,
+    proposer: Option<&'a str>,
+    num_speculative_tokens: Option<u32>,
+    backends: &'a Backends,
+    calls: &'a BTreeMap<&'static str, u64>,
+    steps: u64,
+    tokens_per_second: f64,
+    prefill_seconds: f64,
+    decode_seconds: f64,
+    acceptance: Option<&'a Acceptance>,
+}
+
+/// Who served what, how fast, and how drafts fared.
+fn summary(engine: &Engine, generation: &Generation) -> String {
+    let mut table = output::table(&["role", "phase", "attention backend"]);
+    for (role, backends) in [("target", &generation.backends.target), ("draft", &generation.backends.draft)] {
+        for (phase, names) in &backends.0 {
+            table.add_row([role, phase, &names.iter().copied().collect::<Vec<_>>().join(", ")]);
+        }
+    }
+    let mut text = format!(
+        "\n{table}\n{}: {} prompt tokens in {:.2} s, {} new ones at {:.1} tokens/s",
+        engine.device().facts().name,
+        generation.prompt_tokens,
+        generation.prefill.as_secs_f64(),
+        generation.tokens.len(),
+        generation.tokens_per_second()
+    );
+    if let (Some((name, width)), Some(acceptance)) = (engine.proposer(), &generation.acceptance) {
+        text += &format!(
+            "\n{name} drafting {width}: mean acceptance length {:.2}, {} target passes",
+            acceptance.mean_length, generation.steps
+        );
+    }
+    text
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@ pub(crate) mod bench;
 pub(crate) mod devices;
 pub(crate) mod fetch;
 pub(crate) mod generate;
+mod load;
 pub(crate) mod options;
 pub(crate) mod proposers;
 pub(crate) mod replay;

@@ -1,0 +1,8 @@
+//! The program as a user meets it: exit codes, JSON, and messages.
+
+mod fetch;
+mod lists;
+mod replay;
+mod run;
+mod select;
+mod usage;
