@@ -1,12 +1,403 @@
-//! Bodies follow.
-#![allow(unused_variables, unused_imports)]
-use super::*;
-type R = Result<(), OpError>;
-pub(super) fn embed(table: &Matrix, ids: BufferSlice<'_>, rows: u32, out: BufferSlice<'_>) -> R { Err(OpError::Shape("not yet".into())) }
-pub(super) fn rms_norm(x: BufferSlice<'_>, norm: Norm<'_>, rows: u32, out: BufferSlice<'_>) -> R { Err(OpError::Shape("not yet".into())) }
-pub(super) fn linear(call: &LinearCall<'_>) -> R { Err(OpError::Shape("not yet".into())) }
-pub(super) fn swiglu(call: &SwigluCall<'_>) -> R { Err(OpError::Shape("not yet".into())) }
-pub(super) fn rope(call: &RopeCall<'_>) -> R { Err(OpError::Shape("not yet".into())) }
-pub(super) fn argmax(logits: BufferSlice<'_>, rows: u32, cols: u32, ids: BufferSlice<'_>) -> R { Err(OpError::Shape("not yet".into())) }
-pub(super) fn gather_rows(x: BufferSlice<'_>, held: u32, cols: u32, indices: BufferSlice<'_>, rows: u32, out: BufferSlice<'_>) -> R { Err(OpError::Shape("not yet".into())) }
-pub(super) fn copy_columns(x: BufferSlice<'_>, cols: u32, rows: u32, out: BufferSlice<'_>, stride: u32, offset: u32) -> R { Err(OpError::Shape("not yet".into())) }
+//! Operations on the CPU.
+
+use std::{cell::RefCell, ops::Range};
+
+use bytemuck::Pod;
+use half::{bf16, f16};
+use polyattn_device::{BufferSlice, DType, DeviceError};
+use rayon::prelude::*;
+
+use super::{
+    LinearCall, Matrix, Norm, OpError, RopeCall, SwigluCall,
+    dot::{self, Columns, Weights},
+};
+use crate::load::RopePairing;
+
+/// Up to this many rows, products are formed row by row; beyond, by the gemm crate over widened panels.
+const MOST_DOT_ROWS: usize = 64;
+/// Elements of a widened panel: half a megabyte, which stays in a core's cache.
+const PANEL: usize = 1 << 17;
+/// Multiplications, or elements moved, below which waking other threads costs more than it saves.
+const SERIAL: usize = 1 << 15;
+
+thread_local! {
+    /// Normed rows of the product that this thread was asked for.
+    static NORMED: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+    /// Sums of the columns that this thread works on, and a widened panel.
+    static TILE: RefCell<(Vec<f32>, Vec<f32>)> = const { RefCell::new((Vec::new(), Vec::new())) };
+}
+
+/// `elements` elements of a slice, within the whole buffer's.
+fn range<T>(slice: BufferSlice<'_>, elements: usize) -> Range<usize> {
+    let start = slice.offset() as usize / size_of::<T>();
+    start..start + elements
+}
+
+/// Opens a slice for reading and hands it on.
+macro_rules! read {
+    ($name:ident, $kind:ty, $slice:expr, $elements:expr) => {
+        let guard = $slice.buffer().read::<$kind>()?;
+        let $name = &guard[range::<$kind>($slice, $elements)];
+    };
+}
+
+macro_rules! write {
+    ($name:ident, $kind:ty, $slice:expr, $elements:expr) => {
+        let mut guard = $slice.buffer().write::<$kind>()?;
+        let $name = &mut guard[range::<$kind>($slice, $elements)];
+    };
+}
+
+fn weights<R>(matrix: &Matrix, with: impl FnOnce(Weights<'_>) -> R) -> Result<R, DeviceError> {
+    let (slice, count) = (matrix.buffer.whole(), matrix.rows as usize * matrix.cols as usize);
+    Ok(match matrix.dtype {
+        DType::F32 => {
+            read!(all, f32, slice, count);
+            with(Weights::F32(all))
+        }
+        DType::F16 => {
+            read!(all, u16, slice, count);
+            with(Weights::F16(all))
+        }
+        _ => {
+            read!(all, u16, slice, count);
+            with(Weights::Bf16(all))
+        }
+    })
+}
+
+pub(super) fn embed(table: &Matrix, ids: BufferSlice<'_>, rows: u32, out: BufferSlice<'_>) -> Result<(), OpError> {
+    let cols = table.cols as usize;
+    read!(ids, u32, ids, rows as usize);
+    write!(out, f32, out, rows as usize * cols);
+    weights(table, |weights| {
+        for (out, id) in out.chunks_exact_mut(cols).zip(ids) {
+            let row = (*id).min(table.rows - 1) as usize;
+            dot::widen(weights, row..row + 1, cols, out);
+        }
+    })?;
+    Ok(())
+}
+
+/// 1 / sqrt(mean(row²) + eps).
+fn scale(row: &[f32], eps: f32) -> f32 {
+    let mut lanes = [0.0f32; 16];
+    let (chunks, rest) = row.as_chunks::<16>();
+    for chunk in chunks {
+        for (lane, value) in lanes.iter_mut().zip(chunk) {
+            *lane += value * value;
+        }
+    }
+    for (lane, value) in lanes.iter_mut().zip(rest) {
+        *lane += value * value;
+    }
+    (lanes.iter().sum::<f32>() / row.len() as f32 + eps).sqrt().recip()
+}
+
+fn norm_rows(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+    let one = |(x, out): (&[f32], &mut [f32])| {
+        let scale = scale(x, eps);
+        for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
+            *out = x * scale * weight;
+        }
+    };
+    if x.len() < SERIAL {
+        x.chunks_exact(weight.len()).zip(out.chunks_exact_mut(weight.len())).for_each(one);
+    } else {
+        x.par_chunks_exact(weight.len()).zip(out.par_chunks_exact_mut(weight.len())).for_each(one);
+    }
+}
+
+pub(super) fn rms_norm(x: BufferSlice<'_>, norm: Norm<'_>, rows: u32, out: BufferSlice<'_>) -> Result<(), OpError> {
+    let count = rows as usize * norm.weight.len as usize;
+    read!(x, f32, x, count);
+    read!(weight, f32, norm.weight.buffer.whole(), norm.weight.len as usize);
+    write!(out, f32, out, count);
+    norm_rows(x, weight, norm.eps, out);
+    Ok(())
+}
+
+/// Calls `with` on the rows of a product, normed if they are to be.
+fn with_rows<R>(
+    x: BufferSlice<'_>,
+    rows: usize,
+    cols: usize,
+    norm: Option<Norm<'_>>,
+    with: impl FnOnce(&[f32]) -> R,
+) -> Result<R, DeviceError> {
+    read!(x, f32, x, rows * cols);
+    let Some(norm) = norm else { return Ok(with(x)) };
+    read!(weight, f32, norm.weight.buffer.whole(), cols);
+    // Taken, not borrowed: while this thread waits for others it may be given another product's task.
+    let mut normed = NORMED.take();
+    normed.resize(normed.len().max(x.len()), 0.0);
+    norm_rows(x, weight, norm.eps, &mut normed[..x.len()]);
+    let result = with(&normed[..x.len()]);
+    NORMED.set(normed);
+    Ok(result)
+}
+
+/// How a product is cut: columns of a task, and whether they are computed from a widened panel.
+fn cut(rows: usize, cols: usize, outputs: usize) -> (usize, bool) {
+    if rows <= MOST_DOT_ROWS {
+        if rows * cols * outputs < SERIAL {
+            return (outputs, false);
+        }
+        let share = outputs.div_ceil(8 * rayon::current_num_threads());
+        (share.clamp(16, 512).next_multiple_of(dot::OUTPUTS), false)
+    } else {
+        let share = outputs.div_ceil(rayon::current_num_threads());
+        ((PANEL / cols).clamp(16, 512).min(share).next_multiple_of(16), true)
+    }
+}
+
+/// The sums of `outputs` for all rows, `[rows, outputs]`.
+fn sums(weights: Weights<'_>, outputs: Range<usize>, x: &[f32], cols: usize, panel: Option<&mut Vec<f32>>, sums: &mut [f32]) {
+    match panel {
+        None => dot::dots(weights, outputs, x, cols, sums),
+        Some(panel) => {
+            panel.resize(panel.len().max(outputs.len() * cols), 0.0);
+            dot::widen(weights, outputs.clone(), cols, panel);
+            dot::gemm_panel(x.len() / cols, outputs.len(), cols, x, panel, sums);
+        }
+    }
+}
+
+pub(super) fn linear(call: &LinearCall<'_>) -> Result<(), OpError> {
+    let (rows, cols, outputs) = (call.rows as usize, call.weight.cols as usize, call.weight.rows as usize);
+    let bias = call.bias.map(|bias| bias.buffer.read::<f32>()).transpose()?;
+    write!(out, f32, call.out, rows * outputs);
+    with_rows(call.x, rows, cols, call.norm, |x| {
+        weights(call.weight, |weights| {
+            let (width, panels) = cut(rows, cols, outputs);
+            let task = |mut columns: Columns<'_>| {
+                TILE.with_borrow_mut(|(tile, panel)| {
+                    let range = columns.range();
+                    tile.resize(tile.len().max(rows * range.len()), 0.0);
+                    sums(weights, range.clone(), x, cols, panels.then_some(panel), tile);
+                    for (row, sums) in tile.chunks_exact(range.len()).take(rows).enumerate() {
+                        let out = columns.row(row);
+                        if !call.accumulate {
+                            out.copy_from_slice(sums);
+                        } else {
+                            out.iter_mut().zip(sums).for_each(|(out, sum)| *out += sum);
+                        }
+                        if let Some(bias) = &bias {
+                            out.iter_mut().zip(&bias[range.clone()]).for_each(|(out, bias)| *out += bias);
+                        }
+                    }
+                });
+            };
+            Columns::split(out, outputs, width).for_each(task);
+        })
+    })??;
+    Ok(())
+}
+
+pub(super) fn swiglu(call: &SwigluCall<'_>) -> Result<(), OpError> {
+    let (rows, cols, outputs) = (call.rows as usize, call.gate_up.cols as usize, call.gate_up.rows as usize / 2);
+    write!(out, f32, call.out, rows * outputs);
+    with_rows(call.x, rows, cols, call.norm, |x| {
+        weights(call.gate_up, |weights| {
+            let (width, panels) = cut(rows, cols, outputs);
+            let task = |mut columns: Columns<'_>| {
+                TILE.with_borrow_mut(|(tile, panel)| {
+                    let range = columns.range();
+                    let count = rows * range.len();
+                    tile.resize(tile.len().max(2 * count), 0.0);
+                    let (gate, up) = tile.split_at_mut(count);
+                    let ups = range.start + outputs..range.end + outputs;
+                    if panels {
+                        sums(weights, range.clone(), x, cols, Some(panel), gate);
+                        sums(weights, ups, x, cols, Some(panel), up);
+                    } else {
+                        sums(weights, range.clone(), x, cols, None, gate);
+                        sums(weights, ups, x, cols, None, up);
+                    }
+                    dot::gated(gate, &up[..count]);
+                    for (row, gate) in gate.chunks_exact(range.len()).enumerate() {
+                        columns.row(row).copy_from_slice(gate);
+                    }
+                });
+            };
+            Columns::split(out, outputs, width).for_each(task);
+        })
+    })??;
+    Ok(())
+}
+
+/// An element of the queries.
+trait Narrow: Pod + Send {
+    fn narrow(value: f32) -> Self;
+}
+
+impl Narrow for f32 {
+    fn narrow(value: f32) -> Self {
+        value
+    }
+}
+
+impl Narrow for f16 {
+    fn narrow(value: f32) -> Self {
+        Self::from_f32(value)
+    }
+}
+
+impl Narrow for bf16 {
+    fn narrow(value: f32) -> Self {
+        Self::from_f32(value)
+    }
+}
+
+pub(super) fn rope(call: &RopeCall<'_>) -> Result<(), OpError> {
+    match call.q_dtype {
+        DType::F32 => rope_to::<f32>(call),
+        DType::F16 => rope_to::<f16>(call),
+        _ => rope_to::<bf16>(call),
+    }
+}
+
+fn rope_to<T: Narrow>(call: &RopeCall<'_>) -> Result<(), OpError> {
+    let dim = call.head_dim as usize;
+    let (rows, stride) = (call.rows as usize, call.stride as usize);
+    let (q_width, k_width) = (call.query_heads as usize * dim, call.kv_heads as usize * dim);
+    let start = call.offset as usize;
+    read!(positions, u32, call.positions, rows);
+    let table = call.table.buffer.read::<f32>()?;
+    let q_weight = call.q_norm.map(|norm| norm.weight.buffer.read::<f32>()).transpose()?;
+    let k_weight = call.k_norm.map(|norm| norm.weight.buffer.read::<f32>()).transpose()?;
+    let [q_eps, k_eps] = [call.q_norm, call.k_norm].map(|norm| norm.map_or(0.0, |norm| norm.eps));
+
+    let turn = |head: &mut [f32], weight: Option<&[f32]>, eps: f32, position: u32| {
+        if let Some(weight) = weight {
+            let scale = scale(head, eps);
+            head.iter_mut().zip(weight).for_each(|(value, weight)| *value = *value * scale * weight);
+        }
+        let pairs = call.table.dim as usize / 2;
+        let at = position.min(call.table.positions - 1) as usize * 2 * pairs;
+        for (pair, angle) in table[at..at + 2 * pairs].as_chunks::<2>().0.iter().enumerate() {
+            let (a, b) = match call.pairing {
+                RopePairing::Interleaved => (2 * pair, 2 * pair + 1),
+                RopePairing::HalfSplit => (pair, pair + pairs),
+            };
+            let (first, second) = (head[a], head[b]);
+            head[a] = first * angle[0] - second * angle[1];
+            head[b] = second * angle[0] + first * angle[1];
+        }
+    };
+    let one = |row: &mut [f32], mut queries: Option<&mut [T]>, position: u32| {
+        let mut head = [0.0; 256];
+        let mut long = Vec::new();
+        let head: &mut [f32] = match head.get_mut(..dim) {
+            Some(head) => head,
+            None => {
+                long.resize(dim, 0.0);
+                &mut long
+            }
+        };
+        if let Some(queries) = &mut queries {
+            for (query, out) in row[start..start + q_width].chunks_exact(dim).zip(queries.chunks_exact_mut(dim)) {
+                head.copy_from_slice(query);
+                turn(head, q_weight.as_deref(), q_eps, position);
+                out.iter_mut().zip(&*head).for_each(|(out, value)| *out = T::narrow(*value));
+            }
+        }
+        for key in row[start + q_width..start + q_width + k_width].chunks_exact_mut(dim) {
+            turn(key, k_weight.as_deref(), k_eps, position);
+        }
+    };
+
+    write!(qkv, f32, call.qkv, (rows - 1) * stride + start + q_width + k_width);
+    if q_width == 0 {
+        qkv.chunks_mut(stride).zip(positions).for_each(|(row, position)| one(row, None, *position));
+        return Ok(());
+    }
+    write!(queries, T, call.q_out, rows * q_width);
+    if rows * (q_width + k_width) < SERIAL {
+        for ((row, queries), position) in qkv.chunks_mut(stride).zip(queries.chunks_exact_mut(q_width)).zip(positions) {
+            one(row, Some(queries), *position);
+        }
+    } else {
+        qkv.par_chunks_mut(stride)
+            .zip(queries.par_chunks_exact_mut(q_width))
+            .zip(positions)
+            .for_each(|((row, queries), position)| one(row, Some(queries), *position));
+    }
+    Ok(())
+}
+
+pub(super) fn argmax(
+    logits: BufferSlice<'_>,
+    rows: Range<u32>,
+    cols: u32,
+    ids: BufferSlice<'_>,
+) -> Result<(), OpError> {
+    let cols = cols as usize;
+    read!(logits, f32, logits, rows.end as usize * cols);
+    write!(ids, u32, ids, rows.end as usize);
+    let skipped = rows.start as usize;
+    logits[skipped * cols..].par_chunks_exact(cols).zip(&mut ids[skipped..]).for_each(|(row, id)| *id = largest(row));
+    Ok(())
+}
+
+/// The place of the largest element.
+fn largest(row: &[f32]) -> u32 {
+    // Block by block: the maximum of a block is quickly found, and its place sought only if it is a new one.
+    let mut best = f32::NEG_INFINITY;
+    let mut place = None;
+    for (block, values) in row.chunks(256).enumerate() {
+        let mut lanes = [f32::NEG_INFINITY; 16];
+        let (chunks, rest) = values.as_chunks::<16>();
+        // A comparison, not `f32::max`, is one instruction and never takes a NaN.
+        let take = |lane: &mut f32, value: f32| *lane = if value > *lane { value } else { *lane };
+        for chunk in chunks {
+            lanes.iter_mut().zip(chunk).for_each(|(lane, value)| take(lane, *value));
+        }
+        lanes.iter_mut().zip(rest).for_each(|(lane, value)| take(lane, *value));
+        let mut most = f32::NEG_INFINITY;
+        lanes.iter().for_each(|value| take(&mut most, *value));
+        if (most > best || place.is_none())
+            && let Some(at) = values.iter().position(|value| *value == most)
+        {
+            best = most;
+            place = Some(block * 256 + at);
+        }
+    }
+    place.unwrap_or(0) as u32
+}
+
+pub(super) fn gather_rows(
+    x: BufferSlice<'_>,
+    held: u32,
+    cols: u32,
+    indices: BufferSlice<'_>,
+    rows: u32,
+    out: BufferSlice<'_>,
+) -> Result<(), OpError> {
+    let cols = cols as usize;
+    read!(x, f32, x, held as usize * cols);
+    read!(indices, u32, indices, rows as usize);
+    write!(out, f32, out, rows as usize * cols);
+    for (out, index) in out.chunks_exact_mut(cols).zip(indices) {
+        let row = (*index).min(held - 1) as usize;
+        out.copy_from_slice(&x[row * cols..(row + 1) * cols]);
+    }
+    Ok(())
+}
+
+pub(super) fn copy_columns(
+    x: BufferSlice<'_>,
+    cols: u32,
+    rows: u32,
+    out: BufferSlice<'_>,
+    stride: u32,
+    offset: u32,
+) -> Result<(), OpError> {
+    let (rows, cols, stride, offset) = (rows as usize, cols as usize, stride as usize, offset as usize);
+    read!(x, f32, x, rows * cols);
+    write!(out, f32, out, (rows - 1) * stride + offset + cols);
+    for (out, x) in out.chunks_mut(stride).zip(x.chunks_exact(cols)) {
+        out[offset..offset + cols].copy_from_slice(x);
+    }
+    Ok(())
+}

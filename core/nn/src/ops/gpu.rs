@@ -1,12 +1,363 @@
-//! Bodies follow.
-#![allow(unused_variables, unused_imports)]
-use super::*;
-type R = Result<(), OpError>;
-pub(super) fn embed(commands: &mut Commands, table: &Matrix, ids: BufferSlice<'_>, rows: u32, out: BufferSlice<'_>) -> R { Err(OpError::Shape("not yet".into())) }
-pub(super) fn rms_norm(commands: &mut Commands, x: BufferSlice<'_>, norm: Norm<'_>, rows: u32, out: BufferSlice<'_>) -> R { Err(OpError::Shape("not yet".into())) }
-pub(super) fn linear(commands: &mut Commands, call: &LinearCall<'_>) -> R { Err(OpError::Shape("not yet".into())) }
-pub(super) fn swiglu(commands: &mut Commands, call: &SwigluCall<'_>) -> R { Err(OpError::Shape("not yet".into())) }
-pub(super) fn rope(commands: &mut Commands, call: &RopeCall<'_>) -> R { Err(OpError::Shape("not yet".into())) }
-pub(super) fn argmax(commands: &mut Commands, logits: BufferSlice<'_>, rows: u32, cols: u32, ids: BufferSlice<'_>) -> R { Err(OpError::Shape("not yet".into())) }
-pub(super) fn gather_rows(commands: &mut Commands, x: BufferSlice<'_>, held: u32, cols: u32, indices: BufferSlice<'_>, rows: u32, out: BufferSlice<'_>) -> R { Err(OpError::Shape("not yet".into())) }
-pub(super) fn copy_columns(commands: &mut Commands, x: BufferSlice<'_>, cols: u32, rows: u32, out: BufferSlice<'_>, stride: u32, offset: u32) -> R { Err(OpError::Shape("not yet".into())) }
+//! Operations as dispatches.
+
+use std::ops::Range;
+
+use polyattn_device::{BufferSlice, Commands, DType, Device, DeviceError, Pipeline, PipelineSpec};
+
+use super::{
+    INVARIANT_ROWS, LinearCall, Matrix, Norm, OpError, RopeCall, SwigluCall, Vector,
+    shader::{self, Few, Product, Rope, Source},
+};
+use crate::load::RopePairing;
+
+/// Groups of lanes that keep a large GPU busy: below it, rows are spread over more of them.
+const BUSY_GROUPS: u32 = 512;
+
+fn pipeline(
+    commands: &Commands,
+    name: &'static str,
+    variant: u64,
+    source: impl FnOnce() -> Source,
+) -> Result<Pipeline, DeviceError> {
+    commands.device().cached_pipeline(name, variant, |device: &Device| {
+        let source = source();
+        device.pipeline(&PipelineSpec {
+            label: name,
+            source: &source.text,
+            entry: "main",
+            bindings: &source.bindings,
+            immediate_bytes: source.immediate_bytes,
+            constants: &[],
+        })
+    })
+}
+
+/// `count` workgroups in as many dimensions as the limit asks for; there may be some too many.
+fn spread(commands: &Commands, count: u64) -> Result<[u32; 3], OpError> {
+    let limit = u64::from(commands.device().facts().limits.workgroups_per_dimension.max(1));
+    let height = count.div_ceil(limit).max(1);
+    if height > limit {
+        return Err(DeviceError::Limit {
+            what: "an operation".into(),
+            needed: count,
+            allowed: limit * limit,
+            unit: "workgroups",
+            device: commands.device().facts().name.clone(),
+        }
+        .into());
+    }
+    // Both fit into 32 bits, as the limit does.
+    Ok([count.div_ceil(height) as u32, height as u32, 1])
+}
+
+fn dtype_code(dtype: DType) -> u64 {
+    match dtype {
+        DType::F32 => 0,
+        DType::F16 => 1,
+        _ => 2,
+    }
+}
+
+fn bits<const N: usize>(fields: [u64; N]) -> u64 {
+    fields.into_iter().fold(0, |all, field| all << 8 | field)
+}
+
+/// A matrix cut into row ranges that a device can bind: first row, rows, and where they lie.
+fn parts(device: &Device, matrix: &Matrix) -> Result<Vec<(u32, u32, u64, u64)>, OpError> {
+    let limits = &device.facts().limits;
+    let row = u64::from(matrix.cols) * matrix.dtype.bytes();
+    let all = u64::from(matrix.rows) * row;
+    if all <= limits.binding_bytes {
+        return Ok(vec![(0, matrix.rows, 0, all)]);
+    }
+    let alignment = u64::from(limits.offset_alignment.max(1));
+    // The fewest rows after which another part may start.
+    let step = alignment / gcd(alignment, row);
+    let most = limits.binding_bytes / row / step * step;
+    let Some(most) = u32::try_from(most).ok().filter(|most| *most > 0) else {
+        return Err(DeviceError::Limit {
+            what: matrix.buffer.label().to_owned(),
+            needed: step * row,
+            allowed: limits.binding_bytes,
+            unit: "bytes in one binding",
+            device: device.facts().name.clone(),
+        }
+        .into());
+    };
+    Ok((0..matrix.rows)
+        .step_by(most as usize)
+        .map(|first| {
+            let count = most.min(matrix.rows - first);
+            (first, count, u64::from(first) * row, u64::from(count) * row)
+        })
+        .collect())
+}
+
+fn gcd(a: u64, b: u64) -> u64 {
+    if b == 0 { a.max(1) } else { gcd(b, a % b) }
+}
+
+pub(super) fn embed(
+    commands: &mut Commands,
+    table: &Matrix,
+    ids: BufferSlice<'_>,
+    rows: u32,
+    out: BufferSlice<'_>,
+) -> Result<(), OpError> {
+    let pipeline = pipeline(commands, "embed", dtype_code(table.dtype), || shader::embed(table.dtype))?;
+    let count = u64::from(rows) * u64::from(table.cols);
+    let workgroups = spread(commands, count.div_ceil(shader::COPIED.into()))?;
+    for (first, part_rows, offset, bytes) in parts(commands.device(), table)? {
+        let params = [rows, table.cols, table.rows, first, part_rows];
+        let part = table.buffer.slice(offset, bytes)?;
+        commands.dispatch(&pipeline, &[ids, part, out], bytemuck::bytes_of(&params), workgroups)?;
+    }
+    Ok(())
+}
+
+pub(super) fn rms_norm(
+    commands: &mut Commands,
+    x: BufferSlice<'_>,
+    norm: Norm<'_>,
+    rows: u32,
+    out: BufferSlice<'_>,
+) -> Result<(), OpError> {
+    let pipeline = pipeline(commands, "rms norm", 0, shader::rms_norm)?;
+    let params = [rows, norm.weight.len, norm.eps.to_bits()];
+    let workgroups = spread(commands, rows.into())?;
+    let slices = [x, norm.weight.buffer.whole(), out];
+    Ok(commands.dispatch(&pipeline, &slices, bytemuck::bytes_of(&params), workgroups)?)
+}
+
+pub(super) fn linear(commands: &mut Commands, call: &LinearCall<'_>) -> Result<(), OpError> {
+    for (first, count, offset, bytes) in parts(commands.device(), call.weight)? {
+        let product = ProductCall {
+            x: call.x,
+            rows: call.rows,
+            weight: call.weight,
+            part: call.weight.buffer.slice(offset, bytes)?,
+            first,
+            outputs: count,
+            stride: call.weight.rows,
+            paired: false,
+            norm: call.norm,
+            bias: call.bias,
+            out: call.out,
+            accumulate: call.accumulate,
+        };
+        product.record(commands)?;
+    }
+    Ok(())
+}
+
+pub(super) fn swiglu(commands: &mut Commands, call: &SwigluCall<'_>) -> Result<(), OpError> {
+    let outputs = call.gate_up.rows / 2;
+    let product = ProductCall {
+        x: call.x,
+        rows: call.rows,
+        weight: call.gate_up,
+        part: call.gate_up.buffer.whole(),
+        first: 0,
+        outputs,
+        stride: outputs,
+        paired: true,
+        norm: call.norm,
+        bias: None,
+        out: call.out,
+        accumulate: false,
+    };
+    product.record(commands)
+}
+
+/// A matrix product with rows of one matrix, or with a part of them.
+struct ProductCall<'a> {
+    x: BufferSlice<'a>,
+    rows: u32,
+    weight: &'a Matrix,
+    part: BufferSlice<'a>,
+    first: u32,
+    outputs: u32,
+    stride: u32,
+    paired: bool,
+    norm: Option<Norm<'a>>,
+    bias: Option<&'a Vector>,
+    out: BufferSlice<'a>,
+    accumulate: bool,
+}
+
+impl ProductCall<'_> {
+    fn record(&self, commands: &mut Commands) -> Result<(), OpError> {
+        let product = Product {
+            dtype: self.weight.dtype,
+            aligned: self.weight.cols.is_multiple_of(8),
+            paired: self.paired,
+            norm: self.norm.is_some(),
+            bias: self.bias.is_some(),
+        };
+        let flags = bits([
+            dtype_code(product.dtype),
+            u64::from(product.aligned)
+                | u64::from(product.paired) << 1
+                | u64::from(product.norm) << 2
+                | u64::from(product.bias) << 3,
+        ]);
+        let (pipeline, workgroups, row_tiles) = if self.rows <= INVARIANT_ROWS {
+            let few = self.few(commands.device(), product);
+            let [rows, lanes, groups, unroll] = [few.rows, few.lanes, few.groups, few.unroll].map(u64::from);
+            let variant = bits([flags >> 8, flags & 0xff, rows, lanes, groups, unroll, few.subgroups.into()]);
+            let row_tiles = self.rows.div_ceil(few.rows);
+            let tiles = u64::from(self.outputs.div_ceil(few.outputs() * few.groups)) * u64::from(row_tiles);
+            let pipeline = pipeline(commands, "product of few rows", variant, || shader::few_rows(&few))?;
+            (pipeline, spread(commands, tiles)?, row_tiles)
+        } else {
+            let tile = if self.paired { shader::TILE / 2 } else { shader::TILE };
+            let workgroups = [self.outputs.div_ceil(tile), self.rows.div_ceil(shader::TILE), 1];
+            let pipeline = pipeline(commands, "product of many rows", flags, || shader::many_rows(&product))?;
+            (pipeline, workgroups, 0)
+        };
+        let params = [
+            self.rows,
+            self.weight.cols,
+            self.outputs,
+            self.first,
+            self.stride,
+            self.accumulate.into(),
+            row_tiles,
+            self.norm.map_or(0.0, |norm| norm.eps).to_bits(),
+        ];
+        // Up to five bindings; those that are not used lie behind the rest.
+        let mut slices = [self.x, self.part, self.out, self.out, self.out];
+        let mut used = 3;
+        for vector in self.norm.map(|norm| norm.weight).into_iter().chain(self.bias) {
+            slices[used] = vector.buffer.whole();
+            used += 1;
+        }
+        Ok(commands.dispatch(&pipeline, &slices[..used], bytemuck::bytes_of(&params), workgroups)?)
+    }
+
+    /// The variant of the few-rows kernel for this call. Lanes depend on the device alone, see `few_rows.wgsl`.
+    fn few(&self, device: &Device, product: Product) -> Few {
+        let facts = device.facts();
+        let subgroups = facts.has("subgroups")
+            && facts.subgroup_min == facts.subgroup_max
+            && facts.subgroup_min.is_power_of_two()
+            && (4..=128).contains(&facts.subgroup_min);
+        let lanes = if subgroups { facts.subgroup_min } else { 32 };
+        let mut few = Few { product, rows: 1, lanes, groups: 1, unroll: 1, subgroups };
+        few.rows = self.rows.next_power_of_two().min(shader::MOST_ROWS);
+        let groups = |few: &Few| self.outputs.div_ceil(few.outputs()) * self.rows.div_ceil(few.rows);
+        while few.rows > 4 && groups(&few) < BUSY_GROUPS {
+            few.rows /= 2;
+        }
+        // Small matrices are spread over the whole GPU, large ones use few, larger workgroups.
+        if !subgroups {
+            few.groups = 2;
+        } else if groups(&few) > 2 * BUSY_GROUPS {
+            few.groups = (128 / lanes).max(1);
+        }
+        // With many rows the registers hold sums rather than weights on their way.
+        let chunks = self.weight.cols.div_ceil(8).div_ceil(lanes);
+        few.unroll = chunks.min(if few.rows <= 4 { 6 } else { 3 });
+        few
+    }
+}
+
+pub(super) fn rope(commands: &mut Commands, call: &RopeCall<'_>) -> Result<(), OpError> {
+    let q_norm = call.q_norm.filter(|_| call.query_heads > 0);
+    let rope = Rope {
+        head_dim: call.head_dim,
+        interleaved: call.pairing == RopePairing::Interleaved,
+        queries: (call.query_heads > 0).then_some(call.q_dtype),
+        q_norm: q_norm.is_some(),
+        k_norm: call.k_norm.is_some(),
+    };
+    let facts = commands.device().facts();
+    let needed = u64::from(call.head_dim) * 4 + 256;
+    if needed > facts.limits.workgroup_bytes.into() {
+        return Err(DeviceError::Limit {
+            what: format!("RoPE of heads of {} elements", call.head_dim),
+            needed,
+            allowed: facts.limits.workgroup_bytes.into(),
+            unit: "bytes of workgroup memory",
+            device: facts.name.clone(),
+        }
+        .into());
+    }
+    let flags = u64::from(rope.interleaved)
+        | u64::from(rope.q_norm) << 1
+        | u64::from(rope.k_norm) << 2
+        | rope.queries.map_or(0, |dtype| dtype_code(dtype) + 1) << 3;
+    let variant = u64::from(call.head_dim) << 8 | flags;
+    let pipeline = pipeline(commands, "rope", variant, || shader::rope(&rope))?;
+    let heads = call.query_heads + call.kv_heads;
+    let eps = |norm: Option<Norm<'_>>| norm.map_or(0.0, |norm| norm.eps).to_bits();
+    let params = [
+        call.rows,
+        call.stride,
+        call.offset,
+        call.query_heads,
+        heads,
+        call.table.positions,
+        call.table.dim,
+        eps(q_norm),
+        eps(call.k_norm),
+    ];
+    let workgroups = spread(commands, u64::from(call.rows) * u64::from(heads))?;
+    let mut slices = [call.qkv, call.table.buffer.whole(), call.positions, call.q_out, call.q_out, call.q_out];
+    let mut used = 3 + usize::from(call.query_heads > 0);
+    for norm in q_norm.into_iter().chain(call.k_norm) {
+        slices[used] = norm.weight.buffer.whole();
+        used += 1;
+    }
+    Ok(commands.dispatch(&pipeline, &slices[..used], bytemuck::bytes_of(&params), workgroups)?)
+}
+
+pub(super) fn argmax(
+    commands: &mut Commands,
+    logits: BufferSlice<'_>,
+    rows: Range<u32>,
+    cols: u32,
+    ids: BufferSlice<'_>,
+) -> Result<(), OpError> {
+    let limits = &commands.device().facts().limits;
+    let allowed = limits.workgroup_invocations.min(limits.workgroup_bytes / 8).clamp(1, 1024);
+    // The largest power of two that is allowed.
+    let workgroup = 1 << allowed.ilog2();
+    let aligned = cols.is_multiple_of(4);
+    let variant = u64::from(workgroup) << 1 | u64::from(aligned);
+    let pipeline = pipeline(commands, "argmax", variant, || shader::argmax(aligned, workgroup))?;
+    let workgroups = spread(commands, rows.len() as u64)?;
+    Ok(commands.dispatch(&pipeline, &[logits, ids], bytemuck::bytes_of(&[rows.start, rows.end, cols]), workgroups)?)
+}
+
+pub(super) fn gather_rows(
+    commands: &mut Commands,
+    x: BufferSlice<'_>,
+    held: u32,
+    cols: u32,
+    indices: BufferSlice<'_>,
+    rows: u32,
+    out: BufferSlice<'_>,
+) -> Result<(), OpError> {
+    let pipeline = pipeline(commands, "gather rows", 0, shader::gather_rows)?;
+    let count = u64::from(rows) * u64::from(cols);
+    let workgroups = spread(commands, count.div_ceil(shader::COPIED.into()))?;
+    let params = [rows, cols, held];
+    Ok(commands.dispatch(&pipeline, &[x, indices, out], bytemuck::bytes_of(&params), workgroups)?)
+}
+
+pub(super) fn copy_columns(
+    commands: &mut Commands,
+    x: BufferSlice<'_>,
+    cols: u32,
+    rows: u32,
+    out: BufferSlice<'_>,
+    stride: u32,
+    offset: u32,
+) -> Result<(), OpError> {
+    let pipeline = pipeline(commands, "copy columns", 0, shader::copy_columns)?;
+    let count = u64::from(rows) * u64::from(cols);
+    let workgroups = spread(commands, count.div_ceil(shader::COPIED.into()))?;
+    let params = [rows, cols, stride, offset];
+    Ok(commands.dispatch(&pipeline, &[x, out], bytemuck::bytes_of(&params), workgroups)?)
+}

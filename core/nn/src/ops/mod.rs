@@ -326,7 +326,8 @@ pub fn rope(commands: &mut Commands, call: &RopeCall<'_>) -> Result<(), OpError>
     if commands.device().is_cpu() { cpu::rope(call) } else { gpu::rope(commands, call) }
 }
 
-/// The place of each row's largest element: `ids[r]`, u32, of f32 `logits` `[rows, cols]`.
+/// The place of each row's largest element, for the rows of a range: `ids[r]`, u32, of f32 `logits` `[_, cols]` for r
+/// in `rows`; the ids before and behind the range stay as they are.
 ///
 /// Of equal elements the first counts, NaN never does; a row of nothing but NaN gives 0.
 ///
@@ -335,16 +336,16 @@ pub fn rope(commands: &mut Commands, call: &RopeCall<'_>) -> Result<(), OpError>
 pub fn argmax(
     commands: &mut Commands,
     logits: BufferSlice<'_>,
-    rows: u32,
+    rows: std::ops::Range<u32>,
     cols: u32,
     ids: BufferSlice<'_>,
 ) -> Result<(), OpError> {
     if cols == 0 {
         return Err(OpError::Shape("the largest of no elements".into()));
     }
-    check_slice("logits", logits, elements("logits", rows, cols)?, 4)?;
-    check_slice("ids", ids, u64::from(rows), 4)?;
-    if rows == 0 {
+    check_slice("logits", logits, elements("logits", rows.end, cols)?, 4)?;
+    check_slice("ids", ids, u64::from(rows.end), 4)?;
+    if rows.is_empty() {
         return Ok(());
     }
     if commands.device().is_cpu() {
@@ -352,6 +353,22 @@ pub fn argmax(
     } else {
         gpu::argmax(commands, logits, rows, cols, ids)
     }
+}
+
+/// `product = x · weightᵀ` by the `gemm` crate on all threads of the CPU, f32 `[rows, cols] · [outputs, cols]ᵀ`: what
+/// products of many rows are built on, and so the ceiling that they are measured against. Slices of other lengths leave
+/// `product` as it is.
+pub fn matrix_product(x: &[f32], weight: &[f32], product: &mut [f32], rows: usize, outputs: usize, cols: usize) {
+    let fits = [(x.len(), rows, cols), (weight.len(), outputs, cols), (product.len(), rows, outputs)];
+    if fits.iter().any(|(length, a, b)| a.checked_mul(*b) != Some(*length) || *length == 0) {
+        return;
+    }
+    let part = rows.div_ceil(rayon::current_num_threads());
+    rayon::scope(|scope| {
+        for (product, x) in product.chunks_mut(part * outputs).zip(x.chunks(part * cols)) {
+            scope.spawn(move |_| dot::gemm_panel(x.len() / cols, outputs, cols, x, weight, product));
+        }
+    });
 }
 
 /// Fetches rows: `out[r] = x[indices[r]]`. `x` holds as many rows of `cols` f32 elements as fit into its range, `indices`

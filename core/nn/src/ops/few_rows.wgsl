@@ -1,0 +1,99 @@
+// Products of few rows. A group of $LANES lanes splits the columns among itself and computes $OUTS outputs (pairs of a
+// gate and an up output, if PAIRED) for $ROWS rows; nothing is shared between groups. Each weight is read once.
+//
+// The order in which a row's sum is formed depends on the number of columns and lanes alone, never on $ROWS: chunks
+// c, c + lanes, … in one lane, then the halving of `reduce`. That gives a row the same bits in every variant.
+//
+// Norm: the weights are multiplied with the norm's, and the row's scale is applied to the finished sum.
+
+// Which row of the matrix is the i-th that this group reads.
+fn weight_row(out: u32, i: u32) -> u32 {
+//if PAIRED
+    return min(out + (i >> 1u), p.outs - 1u) + (i & 1u) * p.outs;
+//end
+//if !PAIRED
+    return min(out + i, p.outs - 1u);
+//end
+}
+
+@compute @workgroup_size($WORKGROUP)
+fn main(
+    @builtin(workgroup_id) workgroup: vec3<u32>,
+    @builtin(num_workgroups) workgroups: vec3<u32>,
+//if SUBGROUPS
+    @builtin(subgroup_id) group: u32,
+    @builtin(subgroup_invocation_id) lane: u32,
+//end
+//if !SUBGROUPS
+    @builtin(local_invocation_index) local: u32,
+//end
+) {
+//if !SUBGROUPS
+    let group = local / $LANESu;
+    let lane = local % $LANESu;
+//end
+    let tile = workgroup.x + workgroup.y * workgroups.x;
+    let row0 = (tile % p.row_tiles) * $ROWSu;
+    let out0 = ((tile / p.row_tiles) * $GROUPSu + group) * $OUTSu;
+
+    // Rows and outputs beyond the last repeat it and are not stored.
+//for r ROWS
+    let x_row_$r = min(row0 + $ru, p.rows - 1u) * p.cols;
+//for i WEIGHTS
+    var sum_$r_$i = 0.0;
+//end
+//if NORM
+    var square_$r = 0.0;
+//end
+//end
+//for i WEIGHTS
+    let w_row_$i = weight_row(out0, $iu) * p.cols;
+//end
+
+    let last = (p.cols - 1u) / 8u;
+    for (var c = lane; c <= last; c += $UNROLLu * $LANESu) {
+        // All loads of weights first: they come from far away, and all at once.
+//for u UNROLL
+        let col_$u = min(c + $uu * $LANESu, last) * 8u;
+        let inside_$u = c + $uu * $LANESu <= last;
+//for i WEIGHTS
+        var w_$u_$i = w_chunk(w_row_$i, col_$u);
+//end
+//end
+//for u UNROLL
+//if NORM
+        let norm_$u = norm_chunk(col_$u);
+//for i WEIGHTS
+        w_$u_$i = Chunk(w_$u_$i[0] * norm_$u[0], w_$u_$i[1] * norm_$u[1]);
+//end
+//end
+//for r ROWS
+        var x_$u_$r = x_chunk(x_row_$r, col_$u);
+        x_$u_$r = Chunk(
+            select(vec4<f32>(), x_$u_$r[0], inside_$u),
+            select(vec4<f32>(), x_$u_$r[1], inside_$u),
+        );
+//if NORM
+        square_$r = fma8(square_$r, x_$u_$r, x_$u_$r);
+//end
+//for i WEIGHTS
+        sum_$r_$i = fma8(sum_$r_$i, w_$u_$i, x_$u_$r);
+//end
+//end
+//end
+    }
+
+//reduce
+    // After the halving, neighbouring lanes hold neighbouring outputs.
+    let stores = (lane & $IDLEu) == 0u;
+//for j STORES
+    {
+        let index = (lane >> $SHIFTu) * $STORESu + $ju;
+        let row = row0 + index / $OUTSu;
+        let out = out0 + index % $OUTSu;
+        if (stores && row < p.rows && out < p.outs) {
+            put(row, out, total_$j, scale_$j);
+        }
+    }
+//end
+}
