@@ -12,6 +12,9 @@ struct Call {
     nothing: f32, // the LSE of a row that sees nothing, -infinity: WGSL cannot write it
     left: u32,    // the window, the largest u32 where it is unbounded
     right: u32,
+    heads: u32,   // query heads
+    kv_heads: u32,
+    group: u32,   // query heads of a KV head
 }
 var<immediate> call: Call;
 
@@ -62,10 +65,10 @@ fn attend(at: Invocation) {
     let kv_head = at.group.z;
     let queries = sequence_queries(sequence);
     let context = sequence_kv_len(sequence) - queries;
-    let rows = min(QUADS * 4u, queries * GROUP - first);
+    let rows = min(QUADS * 4u, queries * call.group - first);
     let written = select(0u, rows, number < extra(2u));
-    let lo = keys_of(sequence, first / GROUP).x;
-    let hi = keys_of(sequence, (first + rows - 1u) / GROUP).y;
+    let lo = keys_of(sequence, first / call.group).x;
+    let hi = keys_of(sequence, (first + rows - 1u) / call.group).y;
 
     // Rows of an item lie in order of query, then head of the group.
     if (thread < QUADS) {
@@ -76,11 +79,11 @@ fn attend(at: Invocation) {
         for (var r = 0u; r < 4u; r++) {
             let row = thread * 4u + r;
             if (row < rows) {
-                let seen = keys_of(sequence, (first + row) / GROUP);
+                let seen = keys_of(sequence, (first + row) / call.group);
                 firsts[r] = seen.x;
                 ends[r] = seen.y;
-                places[r] = (first + row) / GROUP;
-                slopes[r] = slope_of(kv_head * GROUP + (first + row) % GROUP);
+                places[r] = (first + row) / call.group;
+                slopes[r] = slope_of(kv_head * call.group + (first + row) % call.group);
             }
         }
         row_first[thread] = firsts;
@@ -93,9 +96,9 @@ fn attend(at: Invocation) {
         for (var r = 0u; r < 4u; r++) {
             let row = (i % QUADS) * 4u + r;
             if (row < rows) {
-                let query = sequence_start(sequence) + (first + row) / GROUP;
-                let head = kv_head * GROUP + (first + row) % GROUP;
-                elements[r] = call.scale * q_at((query * HEADS + head) * HEAD_DIM + i / QUADS);
+                let query = sequence_start(sequence) + (first + row) / call.group;
+                let head = kv_head * call.group + (first + row) % call.group;
+                elements[r] = call.scale * q_at((query * call.heads + head) * HEAD_DIM + i / QUADS);
             }
         }
         scratch[i] = elements;
@@ -121,7 +124,7 @@ fn attend(at: Invocation) {
         if (busy) {
             // Keys that no row sees give way to one that some row sees: what lies there may be anything, even under a
             // weight of zero.
-            place = (slot(sequence, clamp(key, lo, hi - 1u)) * KV_HEADS + kv_head) * HEAD_DIM;
+            place = (slot(sequence, clamp(key, lo, hi - 1u)) * call.kv_heads + kv_head) * HEAD_DIM;
             for (var d = 0u; d < HEAD_DIM; d += 8u) {
                 let elements = k_load8(place + d);
                 let a = elements[0];
@@ -230,8 +233,8 @@ fn attend(at: Invocation) {
         for (var r = 0u; r < 4u; r++) {
             let row = quad * 4u + r;
             if (row < written) {
-                let head = kv_head * GROUP + (first + row) % GROUP;
-                let place = (sequence_start(sequence) + (first + row) / GROUP) * HEADS + head;
+                let head = kv_head * call.group + (first + row) % call.group;
+                let place = (sequence_start(sequence) + (first + row) / call.group) * call.heads + head;
                 var base = top[r];
                 var divisor = denominator[r];
                 var factor = 1.0;

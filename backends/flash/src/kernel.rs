@@ -28,6 +28,9 @@ struct Immediates {
     nothing: f32,
     left: u32,
     right: u32,
+    heads: u32,
+    kv_heads: u32,
+    group: u32,
 }
 
 /// The pipelines of a problem, one for each tile of rows.
@@ -142,6 +145,9 @@ impl AttentionKernel for Kernel {
             nothing: f32::NEG_INFINITY,
             left: side(problem.window.and_then(|window| window.left)),
             right: side(problem.window.and_then(|window| window.right)),
+            heads: problem.kind.query_heads(),
+            kv_heads: problem.kind.kv_heads(),
+            group: self.group(),
         };
         // A dimension of a dispatch is limited, so items beyond the limit go on in y.
         let x = items.min(self.device.facts().limits.workgroups_per_dimension);

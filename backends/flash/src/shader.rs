@@ -99,16 +99,12 @@ impl Variant {
         for (binding, name, dtype) in [(1, "q", problem.dtype), (2, "k", kv_dtype), (3, "v", kv_dtype)] {
             text += &wgsl::storage_loader(binding, name, dtype);
         }
-        let (heads, kv_heads) = (problem.kind.query_heads(), problem.kind.kv_heads());
         for (name, value) in [
             ("THREADS", THREADS),
             ("SCRATCH", SCRATCH),
             ("QUADS", self.quads),
             ("LANES", lanes(self.head_dim)),
             ("SLICES", self.slices()),
-            ("HEADS", heads),
-            ("KV_HEADS", kv_heads),
-            ("GROUP", heads / kv_heads.max(1)),
             ("HEAD_DIM", self.head_dim),
         ] {
             let _ = writeln!(text, "const {name}: u32 = {value}u;");

@@ -10,10 +10,10 @@ use naga::{
 };
 use polyattn_api::{
     AttentionBackend, AttentionKernel, AttentionKind, AttentionProblem, BackendError, BatchLayout, Capabilities, DType,
-    Device, DeviceFacts, Mask, Window, device::DeviceChoice,
+    Device, DeviceFacts, Window, device::DeviceChoice,
 };
 use polyattn_replay::{
-    Case, Comparison, Outcome, ReplayError,
+    Case, Comparison, Outcome,
     random::{self, Spec},
 };
 
@@ -136,36 +136,27 @@ fn bits(values: &[f32]) -> Vec<u32> {
 }
 
 #[test]
-fn golden_files_in_every_variant() {
+fn every_variant_answers_alike() {
     let Some(device) = gpu() else { return };
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/replay");
-    let mut ran = 0;
-    for entry in folder.read_dir().unwrap() {
-        let path = entry.unwrap().path();
-        if path.extension().is_none_or(|extension| extension != "safetensors") {
-            continue;
-        }
-        let case = Case::load(&path).unwrap();
+    for name in
+        ["gqa-mixed-decode-prefill-f32", "gqa-poison-f16", "gqa-tree-softcap-f32", "gqa-window-softcap-sinks-f16"]
+    {
+        let case = Case::load(folder.join(name).with_extension("safetensors")).unwrap();
         let mut last: Option<(Exchange, Outcome)> = None;
         for forced in choices(&device, &case.problem) {
-            let outcome = match case.run(&device, &forced) {
-                Ok(outcome) => outcome,
-                Err(ReplayError::Declined(_)) => continue,
-                Err(error) => panic!("{} {forced:?}: {error}", path.display()),
-            };
+            let outcome = case.run(&device, &forced).unwrap();
             let comparison = Comparison::of(&case, &outcome).unwrap();
-            assert!(comparison.within_tolerance, "{} {forced:?}: {comparison:?}", path.display());
+            assert!(comparison.within_tolerance, "{name} {forced:?}: {comparison:?}");
             // Tiles of rows do not change a bit.
             if let Some((exchange, last)) = &last
                 && *exchange == forced.exchange
             {
-                assert_eq!(bits(&outcome.out), bits(&last.out), "{} {forced:?}", path.display());
+                assert_eq!(bits(&outcome.out), bits(&last.out), "{name} {forced:?}");
             }
             last = Some((forced.exchange, outcome));
-            ran += 1;
         }
     }
-    assert!(ran >= 100, "{ran} runs");
 }
 
 /// One sequence of `case` with its first `queries` rows alone, cut off behind the last of them.
@@ -213,14 +204,4 @@ fn a_verify_row_has_the_bits_of_its_decode_call() {
             assert_eq!(bits(&some.out), bits(&all.out[(start as usize + 3) * row..][..4 * row]));
         }
     }
-}
-
-#[test]
-fn items_spill_into_the_second_dimension() {
-    let Some(device) = gpu() else { return };
-    let kind = AttentionKind::Gqa { query_heads: 1, kv_heads: 1, head_dim: 32, value_dim: 32 };
-    let spec = Spec { mask: Mask::Bidirectional, ..Spec::new(kind, DType::F32, &[(1, 3); 300]) };
-    let case = random::case(7, &spec);
-    let expected = case.run(&device, &Flash).unwrap();
-    assert!(Comparison::of(&case, &expected).unwrap().within_tolerance);
 }

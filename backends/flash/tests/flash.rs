@@ -1,6 +1,8 @@
-//! `flash` on whatever GPU there is, against the f64 reference.
+//! `flash` on whatever GPU there is, against the golden files and the f64 reference.
 
 #![allow(clippy::unwrap_used, reason = "a failing test may panic")]
+
+use std::path::Path;
 
 use polyattn_api::{
     AttentionBackend, AttentionIo, AttentionKind, AttentionProblem, BackendError, BatchLayout, DType, Decline, Device,
@@ -8,7 +10,7 @@ use polyattn_api::{
 };
 use polyattn_flash::Flash;
 use polyattn_replay::{
-    Comparison,
+    Case, Comparison, ReplayError,
     random::{self, Spec},
 };
 
@@ -18,6 +20,30 @@ const fn gqa(query_heads: u32, kv_heads: u32, head_dim: u32) -> AttentionKind {
 
 fn gpu() -> Option<Device> {
     Device::open(&DeviceChoice::Gpu).inspect_err(|error| eprintln!("skipped: {error}")).ok()
+}
+
+#[test]
+fn golden_files() {
+    let Some(device) = gpu() else { return };
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/replay");
+    let mut ran = 0;
+    for entry in folder.read_dir().unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_none_or(|extension| extension != "safetensors") {
+            continue;
+        }
+        let case = Case::load(&path).unwrap();
+        match case.run(&device, &Flash) {
+            Ok(outcome) => {
+                let comparison = Comparison::of(&case, &outcome).unwrap();
+                assert!(comparison.within_tolerance, "{}: {comparison:?}", path.display());
+                ran += 1;
+            }
+            Err(ReplayError::Declined(_)) => {}
+            Err(error) => panic!("{}: {error}", path.display()),
+        }
+    }
+    assert!(ran >= 50, "only {ran} golden files served");
 }
 
 #[test]
