@@ -62,6 +62,22 @@ impl Default for EngineOptions {
     }
 }
 
+impl EngineOptions {
+    /// With room for sequences of this many tokens.
+    #[must_use]
+    pub fn with_context(mut self, tokens: u32) -> Self {
+        self.context = Some(tokens);
+        self
+    }
+
+    /// With speculative decoding.
+    #[must_use]
+    pub fn with_speculative(mut self, speculative: Option<SpeculativeOptions>) -> Self {
+        self.speculative = speculative;
+        self
+    }
+}
+
 /// Speculative decoding, as a user asks for it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct SpeculativeOptions {

@@ -1,4 +1,15 @@
-//! The layers around attention that a decoder needs, and weight loading
+//! The layers around attention that a decoder needs, and the loading of models.
+//!
+//! * [`load`] reads models from disk: weights, configuration, tokenizer and chat template.
+//! * [`ops`] are the operations, on the CPU and on a GPU.
+//! * [`layer`] is one decoder layer, [`decoder`] a whole model; both take their attention from whoever serves it.
 
+pub mod decoder;
+mod error;
+pub mod layer;
 pub mod load;
 pub mod ops;
+mod weights;
+
+pub use error::NnError;
+pub use weights::WeightLoader;

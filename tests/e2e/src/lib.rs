@@ -142,3 +142,9 @@ pub fn write_random_dflash(target: &ModelSource, folder: &Path, sliding: bool) {
     let file = safetensors::serialize(views, None).unwrap();
     std::fs::write(folder.join("model.safetensors"), file).unwrap();
 }
+
+/// The README's own code, compiled and run.
+#[cfg(doctest)]
+#[doc = include_str!("../../../README.md")]
+#[derive(Debug)]
+pub struct Readme;

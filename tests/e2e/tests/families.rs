@@ -36,7 +36,7 @@ fn check(family: &str, tolerance: f64) {
     let vocab = source.config.vocab_size as usize;
     for device in devices() {
         let name = format!("{family} on {}", device.facts().name);
-        let options = EngineOptions { context: Some(64), ..EngineOptions::default() };
+        let options = EngineOptions::default().with_context(64);
         let mut engine = engine(&source, &device, &options);
         let logits = engine.score(&golden.ids).unwrap();
         for (row, logits) in logits.chunks(vocab).enumerate() {
@@ -79,7 +79,7 @@ fn chunks_of_a_prompt_do_not_matter() {
     let (source, golden) = golden("qwen3");
     for device in devices() {
         let run = |chunk| {
-            let mut options = EngineOptions { context: Some(64), ..EngineOptions::default() };
+            let mut options = EngineOptions::default().with_context(64);
             options.prefill_chunk = chunk;
             greedy(&mut engine(&source, &device, &options), &golden.ids, 12).tokens
         };

@@ -56,19 +56,16 @@ fn golden<T: DeserializeOwned>(file: &str) -> T {
 }
 
 fn context(tokens: u32) -> EngineOptions {
-    EngineOptions { context: Some(tokens), ..EngineOptions::default() }
+    EngineOptions::default().with_context(tokens)
 }
 
 fn dflash(width: u32) -> EngineOptions {
-    EngineOptions {
-        speculative: Some(SpeculativeOptions {
-            method: "dflash".into(),
-            model: Some(tests_folder("models/smollm2-135m-dflash")),
-            num_speculative_tokens: Some(width),
-            ..SpeculativeOptions::default()
-        }),
-        ..context(512)
-    }
+    context(512).with_speculative(Some(SpeculativeOptions {
+        method: "dflash".into(),
+        model: Some(tests_folder("models/smollm2-135m-dflash")),
+        num_speculative_tokens: Some(width),
+        ..SpeculativeOptions::default()
+    }))
 }
 
 #[test]

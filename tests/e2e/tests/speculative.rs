@@ -31,7 +31,7 @@ fn speculative(method: &str, model: Option<PathBuf>) -> SpeculativeOptions {
 }
 
 fn options(speculative: Option<SpeculativeOptions>) -> EngineOptions {
-    EngineOptions { context: Some(128), speculative, ..EngineOptions::default() }
+    EngineOptions::default().with_context(128).with_speculative(speculative)
 }
 
 /// The gaps between best and second logit along a text, to tell ties.
@@ -167,7 +167,7 @@ fn what_does_not_fit_is_refused() {
 #[test]
 fn requests_that_cannot_be_met_are_errors_and_free_their_pages() {
     let (source, _) = tiny("llama");
-    let mut engine = engine(&source, &Device::cpu(), &EngineOptions { context: Some(32), ..EngineOptions::default() });
+    let mut engine = engine(&source, &Device::cpu(), &EngineOptions::default().with_context(32));
     let mut run = |request: &Request| engine.generate(request, &mut |_| ControlFlow::Continue(()));
     let error = run(&Request::new(Vec::new(), 4)).unwrap_err().to_string();
     assert!(error.contains("no tokens"), "{error}");

@@ -3,7 +3,6 @@
 use std::{ops::ControlFlow, path::PathBuf, time::Instant};
 
 use polyattn::{
-    device::Device,
     engine::{Engine, EngineOptions, Request},
     nn::load::ChatMessage,
 };

@@ -513,6 +513,13 @@ impl DecoderConfig {
         self.windows.get(layer as usize).copied().flatten()
     }
 
+    /// Elements of the matrices of all layers, embedding and head left out.
+    pub fn layer_parameters(&self) -> u64 {
+        let (hidden, wide) = (u64::from(self.hidden_size), u64::from(self.intermediate_size));
+        let heads = u64::from(2 * self.query_heads + 2 * self.kv_heads) * u64::from(self.head_dim);
+        u64::from(self.layers) * hidden * (heads + 3 * wide)
+    }
+
     /// All weights that this model needs: the embedding, each layer's in order, the final norm, and
     /// the output head unless it is tied.
     pub fn weights(&self) -> Vec<WeightName> {
