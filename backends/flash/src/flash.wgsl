@@ -23,6 +23,7 @@ const PLAN_HEADER: u32 = 4u;
 
 const LOWEST: f32 = -3.0e38;  // in place of -infinity
 const MASKED: f32 = -2.9e38;  // what is not above it weighs nothing
+const LN_2: f32 = 0.6931471805599453;
 const ROUNDS: u32 = 4u;       // of merging, so that SLICES / ROUNDS slices fill the scratch memory
 
 // First the queries, [element][quad], then the slices' sums on their way to be merged.
@@ -203,22 +204,25 @@ fn attend(at: Invocation) {
         SLICE_BARRIER
     }
 
-    // Merging, in order of the slices.
+    // Merging, in order of the slices. The quad to merge is moved to the front each time: an index that depends on this
+    // loop, which few compilers unroll, would keep the sums out of registers from the start. Slices behind the last key
+    // have nothing to add.
+    let rounds = (min(hi, THREADS) + THREADS / ROUNDS - 1u) / (THREADS / ROUNDS);
     for (var quad = 0u; quad < QUADS; quad++) {
-        offer(quad * THREADS + thread, total[quad]);
-        if (thread % LANES == 0u) { slice_highest[slice] = highest[quad]; }
+        offer(thread, total[0]);
+        if (thread % LANES == 0u) { slice_highest[slice] = highest[0]; }
         workgroupBarrier();
         var top = vec4<f32>(LOWEST);
         for (var s = 0u; s < SLICES; s++) { top = max(top, slice_highest[s]); }
-        let share = select(vec4<f32>(), exp(highest[quad] - top), highest[quad] > vec4<f32>(MASKED));
-        let slice_weights = slice_sum(total[quad], quad * THREADS + thread);
+        let share = select(vec4<f32>(), exp(highest[0] - top), highest[0] > vec4<f32>(MASKED));
+        let slice_weights = slice_sum(total[0], thread);
         if (thread % LANES == 0u) { slice_total[slice] = slice_weights * share; }
 
         var merged = vec4<f32>();
-        for (var round = 0u; round < ROUNDS; round++) {
+        for (var round = 0u; round < rounds; round++) {
             if (slice / (SLICES / ROUNDS) == round) {
                 for (var i = 0u; i < 8u; i++) {
-                    scratch[thread % (THREADS / ROUNDS) * 8u + i] = sums[quad * 8u + i] * share;
+                    scratch[thread % (THREADS / ROUNDS) * 8u + i] = sums[i] * share;
                 }
             }
             workgroupBarrier();
@@ -247,9 +251,16 @@ fn attend(at: Invocation) {
                 if (thread < HEAD_DIM) {
                     out[place * HEAD_DIM + thread] = select(0.0, merged[r] * factor / divisor, divisor > 0.0);
                 }
-                if (thread == 0u) { write_lse(place, select(call.nothing, base + log(divisor), divisor > 0.0)); }
+                if (thread == 0u) {
+                    write_lse(place, select(call.nothing, fma(log2(divisor), LN_2, base), divisor > 0.0));
+                }
             }
         }
         // The next quad's highest logits may be written now: all have read these before the last barrier.
+        for (var next = 1u; next < QUADS; next++) {
+            highest[next - 1u] = highest[next];
+            total[next - 1u] = total[next];
+        }
+        for (var next = 8u; next < QUADS * 8u; next++) { sums[next - 8u] = sums[next]; }
     }
 }

@@ -149,9 +149,9 @@ impl AttentionKernel for Kernel {
             kv_heads: problem.kind.kv_heads(),
             group: self.group(),
         };
-        // A dimension of a dispatch is limited, so items beyond the limit go on in y.
-        let x = items.min(self.device.facts().limits.workgroups_per_dimension);
-        let groups = [x, items.div_ceil(x.max(1)), problem.kind.kv_heads()];
+        // A dimension of a dispatch is limited, so many items are spread over two.
+        let y = items.div_ceil(self.device.facts().limits.workgroups_per_dimension.max(1));
+        let groups = [items.div_ceil(y.max(1)), y, problem.kind.kv_heads()];
         commands.dispatch(pipeline, &slices[..bound], bytemuck::bytes_of(&immediates), groups)?;
         Ok(())
     }

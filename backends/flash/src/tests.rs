@@ -205,19 +205,3 @@ fn a_verify_row_has_the_bits_of_its_decode_call() {
         }
     }
 }
-#[test]
-fn temp_timing() {
-    let Some(device) = gpu() else { return };
-    for dim in [64u32] {
-        let kind = AttentionKind::Gqa { query_heads: 9, kv_heads: 3, head_dim: dim, value_dim: dim };
-        let mut spec = Spec::new(kind, DType::F16, &[(1, 400)]);
-        for rows in [1, 2, 16] {
-            spec.sequences = vec![(rows, 400)];
-            let case = random::case(3, &spec);
-            for forced in choices(&device, &case.problem) {
-                let t = std::time::Instant::now(); let o = case.run(&device, &forced).unwrap();
-                eprintln!("{dim} rows {rows} {forced:?} first {:?} run {} ms", t.elapsed(), o.milliseconds);
-            }
-        }
-    }
-}

@@ -135,3 +135,23 @@ fn mistakes_are_typed_errors() {
     kernel.encode(&mut commands, &empty, &io).unwrap();
     assert_eq!(commands.dispatches(), 0);
 }
+
+#[test]
+fn more_items_than_one_dimension_holds() {
+    let Some(device) = gpu() else { return };
+    let count = 66_000;
+    let mut batch = BatchLayout::new(1, 2);
+    for sequence in 0..count {
+        batch.push(1, 1, &[i32::from(sequence % 3 == 0)]);
+    }
+    let kernel = Flash.prepare(&device, &AttentionProblem::new(gqa(1, 1, 32), DType::F32)).unwrap();
+    let plan = kernel.plan(&batch).unwrap();
+    let q = device.upload(&vec![1.0f32; count * 32], "q").unwrap();
+    let cache = device.upload(&[[1.0f32; 32], [2.0; 32]].concat(), "cache").unwrap();
+    let out = device.alloc(count as u64 * 32 * 4, "out").unwrap();
+    let mut commands = device.commands().unwrap();
+    kernel.encode(&mut commands, &plan, &AttentionIo::new(&q, &cache, &cache, &out)).unwrap();
+    commands.submit().unwrap();
+    let out = device.download::<f32>(&out).unwrap();
+    assert!((0..count * 32).all(|i| out[i] == if i / 32 % 3 == 0 { 2.0 } else { 1.0 }));
+}
