@@ -354,7 +354,8 @@ mod tests {
             .unwrap_or_else(|error| panic!("{}", context("parsing", &error.emit_to_string(&source.text))));
         let capabilities = naga::valid::Capabilities::IMMEDIATES
             | naga::valid::Capabilities::SUBGROUP
-            | naga::valid::Capabilities::SUBGROUP_BARRIER;
+            | naga::valid::Capabilities::SUBGROUP_BARRIER
+            | naga::valid::Capabilities::SHADER_FLOAT16_IN_FLOAT32;
         let validate = |module: &naga::Module| {
             naga::valid::Validator::new(naga::valid::ValidationFlags::all(), capabilities)
                 .validate(module)
