@@ -134,8 +134,8 @@ fn source(dtype: DType, with_v: bool) -> String {
             "@group(0) @binding(3) var<storage, read> v_rows: array<f32>;\n\
              @group(0) @binding(4) var<storage, read_write> v_cache: array<u32>;\n",
             "if (id.x < call.v_words) {\n\
-             let from = call.v_offset + r * call.v_stride + id.x * WIDTH;\n\
-             v_cache[to * call.v_words + id.x] = narrow(v_rows[from], v_rows[from + WIDTH - 1u]);\n}",
+             let first = call.v_offset + r * call.v_stride + id.x * WIDTH;\n\
+             v_cache[to * call.v_words + id.x] = narrow(v_rows[first], v_rows[first + WIDTH - 1u]);\n}",
         )
     } else {
         ("", "")

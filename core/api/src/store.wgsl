@@ -11,8 +11,8 @@ fn store(@builtin(global_invocation_id) id: vec3<u32>) {
     let s = row_sequence(r);
     let to = slot(s, sequence_kv_len(s) - sequence_queries(s) + r - sequence_start(s));
     if (id.x < call.k_words) {
-        let from = call.k_offset + r * call.k_stride + id.x * WIDTH;
-        k_cache[to * call.k_words + id.x] = narrow(k_rows[from], k_rows[from + WIDTH - 1u]);
+        let first = call.k_offset + r * call.k_stride + id.x * WIDTH;
+        k_cache[to * call.k_words + id.x] = narrow(k_rows[first], k_rows[first + WIDTH - 1u]);
     }
     STORE_V
 }
