@@ -1,4 +1,5 @@
-//! Times the operations at the shapes of SmolLM2-135M: `cargo run --release -p polyattn-nn --example ops_bench -- gpu`.
+//! Times the operations at the shapes of SmolLM2-135M: `cargo run --release -p polyattn-nn --example ops_bench -- gpu`; a second
+//! argument chooses one number of rows, and `all` other formats of weights too.
 //!
 //! On a GPU a figure is the GPU's own time for 100 dispatches of one recording, divided by 100. Successive dispatches
 //! take other copies of the weights, together more than a cache holds, as the layers of a model do. On the CPU it is the
@@ -33,7 +34,8 @@ fn main() -> Result<(), Error> {
         dtypes.extend([DType::BF16, DType::F32]);
     }
     if device.is_cpu() {
-        println!("{} threads, copy {:.1} GB/s (read and written)", rayon::current_num_threads(), copy_rate());
+        let threads = rayon::current_num_threads();
+        println!("{threads} threads, copy {:.1} GB/s (read and written), read {:.1} GB/s", copy_rate(), read_rate());
         for rows in [1, 16, 512] {
             println!("gemm [{rows} × 576] · [576 × 3072] f32: {:.1} GFLOP/s", gemm_rate(rows));
         }
@@ -41,8 +43,11 @@ fn main() -> Result<(), Error> {
     for dtype in dtypes {
         let bench = Bench::new(&device, dtype)?;
         println!("{dtype} weights\n{:<28} {:>5} {:>12} {:>10} {:>10}", "operation", "rows", "µs", "GB/s", "GFLOP/s");
+        let only = std::env::args().nth(2).and_then(|rows| rows.parse().ok());
         for rows in [1, 2, 4, 8, 16, 32, 64, 128, 512] {
-            bench.rows(rows)?;
+            if only.is_none_or(|only: u32| only == rows) {
+                bench.rows(rows)?;
+            }
         }
     }
     Ok(())
@@ -59,6 +64,18 @@ fn copy_rate() -> f64 {
     }
     assert_eq!(to[77], 1);
     2.0 * size_of_val(from.as_slice()) as f64 / best / 1e9
+}
+
+fn read_rate() -> f64 {
+    let data = vec![1u64; 32 << 20];
+    let mut best = f64::MAX;
+    for _ in 0..5 {
+        let start = Instant::now();
+        let sum: u64 = data.par_chunks(1 << 17).map(|chunk| chunk.iter().sum::<u64>()).sum();
+        best = best.min(start.elapsed().as_secs_f64());
+        assert_eq!(sum, data.len() as u64);
+    }
+    size_of_val(data.as_slice()) as f64 / best / 1e9
 }
 
 fn gemm_rate(rows: usize) -> f64 {
@@ -169,19 +186,24 @@ impl<'a> Bench<'a> {
     fn rows(&self, rows: u32) -> Result<(), Error> {
         let norm = Some(Norm { weight: &self.norm, eps: 1e-5 });
         let linear = |weights: &[Matrix], norm: Option<Norm<'_>>, accumulate: bool| {
-            self.time(&format!("linear {}×{}", weights[0].rows, weights[0].cols), rows, weights.first(), |commands, i| {
-                let weight = &weights[i % weights.len()];
-                let call = LinearCall {
-                    x: self.x.whole(),
-                    rows,
-                    weight,
-                    norm,
-                    bias: None,
-                    out: if weight.rows == VOCABULARY { self.logits.whole() } else { self.out.whole() },
-                    accumulate,
-                };
-                ops::linear(commands, &call)
-            })
+            self.time(
+                &format!("linear {}×{}", weights[0].rows, weights[0].cols),
+                rows,
+                weights.first(),
+                |commands, i| {
+                    let weight = &weights[i % weights.len()];
+                    let call = LinearCall {
+                        x: self.x.whole(),
+                        rows,
+                        weight,
+                        norm,
+                        bias: None,
+                        out: if weight.rows == VOCABULARY { self.logits.whole() } else { self.out.whole() },
+                        accumulate,
+                    };
+                    ops::linear(commands, &call)
+                },
+            )
         };
         linear(&self.qkv, norm, false)?;
         linear(&self.output, None, true)?;

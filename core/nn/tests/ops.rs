@@ -1,5 +1,7 @@
 //! Every operation against f64 on the host, on the CPU and, where there is an adapter, on a GPU.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
 use half::{bf16, f16};
 use polyattn_device::{Buffer, DType, Device, DeviceChoice};
 use polyattn_nn::{
@@ -123,8 +125,7 @@ fn linear() {
                         let x = random.vec(rows * cols);
                         let old = random.vec(rows * outputs);
                         let x_buffer = floats(&device, &x);
-                        let out =
-                            if accumulate { floats(&device, &old) } else { poison(&device, rows * outputs) };
+                        let out = if accumulate { floats(&device, &old) } else { poison(&device, rows * outputs) };
                         let call = LinearCall {
                             x: x_buffer.whole(),
                             rows: rows as u32,
@@ -240,8 +241,7 @@ fn rows_are_invariant() {
                 } else {
                     let out = floats(&device, &old[first * outputs..(first + rows as usize) * outputs]);
                     let (bias, out_slice) = (Some(&bias), out.whole());
-                    let call =
-                        LinearCall { x, rows, weight: &weight, norm, bias, out: out_slice, accumulate: true };
+                    let call = LinearCall { x, rows, weight: &weight, norm, bias, out: out_slice, accumulate: true };
                     run(&device, |commands| ops::linear(commands, &call));
                     device.download(&out).unwrap()
                 }
@@ -249,7 +249,9 @@ fn rows_are_invariant() {
             for gated in [false, true] {
                 let width = if gated { outputs / 2 } else { outputs };
                 let single: Vec<u32> = (0..64).flat_map(|row| compute(row, 1, gated)).collect();
-                for (first, rows) in [(0, 2), (1, 3), (5, 4), (8, 5), (3, 8), (2, 13), (0, 16), (16, 17), (7, 33), (0, 64)] {
+                for (first, rows) in
+                    [(0, 2), (1, 3), (5, 4), (8, 5), (3, 8), (2, 13), (0, 16), (16, 17), (7, 33), (0, 64)]
+                {
                     let found = compute(first, rows, gated);
                     assert!(
                         found == single[first * width..(first + rows) * width],
@@ -311,12 +313,14 @@ fn rope() {
                         counter += 1;
                         let (has_q, has_k) = (flag(counter, 0), flag(counter, 1));
                         let offset = if flag(counter, 2) { 10 } else { 0 };
-                        let stride = offset + (query_heads + 2 * kv_heads) * head_dim + if flag(counter, 3) { 5 } else { 0 };
+                        let stride =
+                            offset + (query_heads + 2 * kv_heads) * head_dim + if flag(counter, 3) { 5 } else { 0 };
                         let frequencies: Vec<f64> =
                             (0..dim / 2).map(|i| 10_000f64.powf(-2.0 * i as f64 / dim as f64)).collect();
                         let table = RopeTable::new(&device, &frequencies, 500).unwrap();
                         // The last position lies beyond the table.
-                        let positions: Vec<u32> = (0..rows).map(|row| if row == 16 { 7000 } else { row * 29 }).collect();
+                        let positions: Vec<u32> =
+                            (0..rows).map(|row| if row == 16 { 7000 } else { row * 29 }).collect();
                         let position_buffer = device.upload(&positions, "positions").unwrap();
                         let rows = rows as usize;
                         let qkv = random.vec(rows * stride);
@@ -536,15 +540,21 @@ fn wrong_sizes_are_typed_errors() {
         let empty = Matrix { rows: 0, ..weight.clone() };
         is_shape(ops::embed(&mut commands, &empty, ids.whole(), 1, other.whole()));
         is_shape(ops::embed(&mut commands, &weight, ids.whole(), 5, other.whole()));
-        let swiglu =
-            SwigluCall { x: small.whole(), rows: 1, gate_up: &weight, norm: None, out: other.whole() };
+        let swiglu = SwigluCall { x: small.whole(), rows: 1, gate_up: &weight, norm: None, out: other.whole() };
         is_shape(ops::swiglu(&mut commands, &swiglu));
         is_shape(ops::rms_norm(&mut commands, small.whole(), norm, 9, other.whole()));
         is_shape(ops::argmax(&mut commands, small.whole(), 0..1, 0, ids.whole()));
         is_shape(ops::argmax(&mut commands, small.whole(), 0..3, 4, ids.whole()));
-        is_shape(ops::gather_rows(&mut commands, small.whole(), 9, ids.whole(), 0, other.whole()).and(
-            ops::gather_rows(&mut commands, small.whole(), 9, ids.whole(), 1, other.whole()),
-        ));
+        is_shape(
+            ops::gather_rows(&mut commands, small.whole(), 9, ids.whole(), 0, other.whole()).and(ops::gather_rows(
+                &mut commands,
+                small.whole(),
+                9,
+                ids.whole(),
+                1,
+                other.whole(),
+            )),
+        );
         is_shape(ops::copy_columns(&mut commands, small.whole(), 4, 1, other.whole(), 5, 2));
         is_shape(ops::copy_columns(&mut commands, small.whole(), 4, 2, other.whole(), 6, 0));
         is_shape(RopeTable::new(&device, &[], 10).map(|_| ()));

@@ -152,7 +152,14 @@ fn cut(rows: usize, cols: usize, outputs: usize) -> (usize, bool) {
 }
 
 /// The sums of `outputs` for all rows, `[rows, outputs]`.
-fn sums(weights: Weights<'_>, outputs: Range<usize>, x: &[f32], cols: usize, panel: Option<&mut Vec<f32>>, sums: &mut [f32]) {
+fn sums(
+    weights: Weights<'_>,
+    outputs: Range<usize>,
+    x: &[f32],
+    cols: usize,
+    panel: Option<&mut Vec<f32>>,
+    sums: &mut [f32],
+) {
     match panel {
         None => dot::dots(weights, outputs, x, cols, sums),
         Some(panel) => {

@@ -35,7 +35,8 @@ fn isa() -> Isa {
     #[cfg(target_arch = "x86_64")]
     {
         // The standard library looks once and remembers.
-        let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
+        let avx2 =
+            is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
         let avx512 = is_x86_feature_detected!("avx512f")
             && is_x86_feature_detected!("avx512bw")
             && is_x86_feature_detected!("avx512vl");
@@ -88,6 +89,8 @@ trait Lanes: Copy {
     unsafe fn load_bf16(at: *const u16) -> Self;
     unsafe fn fma(self, b: Self, sum: Self) -> Self;
     unsafe fn total(self) -> f32;
+    /// Has the memory at `at`, which need not exist, on its way into the cache.
+    fn prefetch<T>(at: *const T);
 }
 
 /// A format of weights.
@@ -198,6 +201,10 @@ fn tile<L: Lanes, F: Format, const R: usize, const O: usize>(
             }
             for (o, acc) in acc.iter_mut().enumerate() {
                 let w: L = F::load(weights.as_ptr().add(o * cols + at));
+                if R == 1 {
+                    // A single row waits for memory: the next tile's weights come while this one is computed.
+                    L::prefetch(weights.as_ptr().wrapping_add((o + O) * cols + at));
+                }
                 for (acc, value) in acc.iter_mut().zip(values) {
                     *acc = w.fma(value, *acc);
                 }
@@ -273,6 +280,9 @@ impl Lanes for Portable {
         let v = self.0;
         ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]))
     }
+
+    #[inline(always)]
+    fn prefetch<T>(_: *const T) {}
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -328,6 +338,12 @@ mod x86 {
             // SAFETY: see above.
             unsafe { _mm512_reduce_add_ps(self.0) }
         }
+
+        #[inline(always)]
+        fn prefetch<T>(at: *const T) {
+            // SAFETY: prefetching reads nothing that the program sees, and never faults.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) };
+        }
     }
 
     #[derive(Clone, Copy)]
@@ -378,6 +394,12 @@ mod x86 {
                 let pair = _mm_add_ps(half, _mm_movehl_ps(half, half));
                 _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)))
             }
+        }
+
+        #[inline(always)]
+        fn prefetch<T>(at: *const T) {
+            // SAFETY: prefetching reads nothing that the program sees, and never faults.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) };
         }
     }
 

@@ -16,6 +16,12 @@ fn weight_row(out: u32, i: u32) -> u32 {
 //end
 }
 
+// Chunks beyond the last repeat it, and count for nothing.
+fn x_inside(row: u32, col: u32, inside: bool) -> Chunk {
+    let chunk = x_chunk(row, col);
+    return Chunk(select(vec4<f32>(), chunk[0], inside), select(vec4<f32>(), chunk[1], inside));
+}
+
 @compute @workgroup_size($WORKGROUP)
 fn main(
     @builtin(workgroup_id) workgroup: vec3<u32>,
@@ -57,22 +63,23 @@ fn main(
         let col_$u = min(c + $uu * $LANESu, last) * 8u;
         let inside_$u = c + $uu * $LANESu <= last;
 //for i WEIGHTS
-        var w_$u_$i = w_chunk(w_row_$i, col_$u);
+        let held_$u_$i = w_chunk(w_row_$i, col_$u);
 //end
 //end
 //for u UNROLL
 //if NORM
         let norm_$u = norm_chunk(col_$u);
+//end
 //for i WEIGHTS
-        w_$u_$i = Chunk(w_$u_$i[0] * norm_$u[0], w_$u_$i[1] * norm_$u[1]);
+//if NORM
+        let w_$u_$i = Chunk(held_$u_$i[0] * norm_$u[0], held_$u_$i[1] * norm_$u[1]);
+//end
+//if !NORM
+        let w_$u_$i = held_$u_$i;
 //end
 //end
 //for r ROWS
-        var x_$u_$r = x_chunk(x_row_$r, col_$u);
-        x_$u_$r = Chunk(
-            select(vec4<f32>(), x_$u_$r[0], inside_$u),
-            select(vec4<f32>(), x_$u_$r[1], inside_$u),
-        );
+        let x_$u_$r = x_inside(x_row_$r, col_$u, inside_$u);
 //if NORM
         square_$r = fma8(square_$r, x_$u_$r, x_$u_$r);
 //end

@@ -111,7 +111,8 @@ pub(super) fn few_rows(few: &Few) -> Source {
             format!("sum_{row}_{output}")
         }
     });
-    let totals = reduction.halve("t", if few.product.paired { "vec2<f32>" } else { "f32" }, totals.collect(), &mut main);
+    let totals =
+        reduction.halve("t", if few.product.paired { "vec2<f32>" } else { "f32" }, totals.collect(), &mut main);
     let squares = if few.product.norm {
         reduction.halve("q", "f32", (0..few.rows).map(|row| format!("square_{row}")).collect(), &mut main)
     } else {
@@ -158,12 +159,7 @@ const SLOTS: usize = 8;
 
 impl Reduction {
     fn new(few: &Few) -> Self {
-        Self {
-            lanes: few.lanes,
-            workgroup: few.lanes * few.groups,
-            subgroups: few.subgroups,
-            memory: String::new(),
-        }
+        Self { lanes: few.lanes, workgroup: few.lanes * few.groups, subgroups: few.subgroups, memory: String::new() }
     }
 
     /// At each step two lanes share the values they still hold: each adds the other's part of its half to its own, and
@@ -363,20 +359,25 @@ mod tests {
         };
         let info = validate(&module);
         for (binding, access) in source.bindings.iter().enumerate() {
-            let declared = format!("@group(0) @binding({binding}) var<storage, {}>", match access {
-                Access::Read => "read",
-                Access::ReadWrite => "read_write",
-            });
+            let declared = format!(
+                "@group(0) @binding({binding}) var<storage, {}>",
+                match access {
+                    Access::Read => "read",
+                    Access::ReadWrite => "read_write",
+                }
+            );
             assert!(source.text.contains(&declared), "{name}: {declared}");
         }
         assert_eq!(source.text.matches("@binding(").count(), source.bindings.len(), "{name}");
-        let (module, info) =
-            naga::back::pipeline_constants::process_overrides(&module, &info, None, &naga::back::PipelineConstants::default())
-                .unwrap_or_else(|error| panic!("{}", context("overrides", &error)));
-        let pipeline = naga::back::spv::PipelineOptions {
-            shader_stage: naga::ShaderStage::Compute,
-            entry_point: "main".into(),
-        };
+        let (module, info) = naga::back::pipeline_constants::process_overrides(
+            &module,
+            &info,
+            None,
+            &naga::back::PipelineConstants::default(),
+        )
+        .unwrap_or_else(|error| panic!("{}", context("overrides", &error)));
+        let pipeline =
+            naga::back::spv::PipelineOptions { shader_stage: naga::ShaderStage::Compute, entry_point: "main".into() };
         let options = naga::back::spv::Options { lang_version: (1, 3), ..naga::back::spv::Options::default() };
         naga::back::spv::write_vec(&module, &info, &options, Some(&pipeline))
             .unwrap_or_else(|error| panic!("{}", context("SPIR-V", &error)));
@@ -406,8 +407,7 @@ mod tests {
         for dtype in [DType::F32, DType::F16, DType::BF16] {
             for flags in 0..16 {
                 let flag = |bit: u32| flags >> bit & 1 == 1;
-                let product =
-                    Product { dtype, aligned: flag(0), paired: flag(1), norm: flag(2), bias: flag(3) };
+                let product = Product { dtype, aligned: flag(0), paired: flag(1), norm: flag(2), bias: flag(3) };
                 if !(product.paired && product.bias) {
                     products.push(product);
                 }
@@ -458,9 +458,8 @@ mod tests {
     fn templates_expand() {
         let mut text = String::new();
         let template = "//for i N\na$i\n//if F\nb$i $BIG_AT $BIG\n//end\n//if !F\nc\n//end\n//end\nz";
-        let vars = |flag: u32| {
-            [("N", "2".to_owned()), ("F", flag.to_string()), ("BIG", "7".into()), ("BIG_AT", "8".into())]
-        };
+        let vars =
+            |flag: u32| [("N", "2".to_owned()), ("F", flag.to_string()), ("BIG", "7".into()), ("BIG_AT", "8".into())];
         super::expand(template, &vars(1), &mut text);
         assert_eq!(text, "a0\nb0 8 7\na1\nb1 8 7\nz\n");
         text.clear();
