@@ -15,8 +15,8 @@ use crate::load::RopePairing;
 
 /// Up to this many rows, products are formed row by row; beyond, by the gemm crate over widened panels.
 const MOST_DOT_ROWS: usize = 64;
-/// Elements of a widened panel: half a megabyte, which stays in a core's cache.
-const PANEL: usize = 1 << 17;
+/// Elements of a widened panel, about: 640 KiB, which stays in a core's cache.
+const PANEL: usize = 160 << 10;
 /// Multiplications, or elements moved, below which waking other threads costs more than it saves.
 const SERIAL: usize = 1 << 15;
 
@@ -146,8 +146,10 @@ fn cut(rows: usize, cols: usize, outputs: usize) -> (usize, bool) {
         let share = outputs.div_ceil(8 * rayon::current_num_threads());
         (share.clamp(16, 512).next_multiple_of(dot::OUTPUTS), false)
     } else {
-        let share = outputs.div_ceil(rayon::current_num_threads());
-        ((PANEL / cols).clamp(16, 512).min(share).next_multiple_of(16), true)
+        // As many tasks for each thread.
+        let threads = rayon::current_num_threads();
+        let tasks = threads * (outputs * cols).div_ceil(PANEL * threads);
+        (outputs.div_ceil(tasks).next_multiple_of(16), true)
     }
 }
 
