@@ -28,6 +28,9 @@ const ROUNDS: u32 = 4u;       // of merging, so that SLICES / ROUNDS slices fill
 
 // First the queries, [element][quad], then the slices' sums on their way to be merged.
 var<workgroup> scratch: array<vec4<f32>, SCRATCH>;
+// What the threads of a slice tell each other: weights, on some devices scores too, and where their keys lie.
+var<workgroup> exchange: array<vec4<f32>, QUADS * THREADS>;
+var<workgroup> places: array<u32, THREADS>;
 var<workgroup> slice_highest: array<vec4<f32>, SLICES>;
 var<workgroup> slice_total: array<vec4<f32>, SLICES>;
 // What each row sees: keys row_first .. row_end.
@@ -144,7 +147,7 @@ fn attend(at: Invocation) {
                 }
             }
         }
-        offer_place(thread, place);
+        places[thread] = place;
         for (var quad = 0u; quad < QUADS; quad++) {
             var seen = vec4<u32>(key) >= row_first[quad] & vec4<u32>(key) < row_end[quad];
             if (TREE) {
@@ -164,9 +167,9 @@ fn attend(at: Invocation) {
                 );
             }
             x[quad] = select(vec4<f32>(LOWEST), x[quad], seen);
-            offer(quad * THREADS + thread, x[quad]);
+            offer_score(quad * THREADS + thread, x[quad]);
         }
-        SLICE_BARRIER
+        SCORE_BARRIER
 
         for (var quad = 0u; quad < QUADS; quad++) {
             let before = highest[quad];
@@ -178,17 +181,17 @@ fn attend(at: Invocation) {
             total[quad] = fma(total[quad], shrink, x[quad]);
             for (var i = 0u; i < 8u; i++) { sums[quad * 8u + i] *= shrink; }
         }
-        SLICE_BARRIER
-        for (var quad = 0u; quad < QUADS; quad++) { offer(quad * THREADS + thread, x[quad]); }
-        SLICE_BARRIER
+        SCORE_BARRIER
+        for (var quad = 0u; quad < QUADS; quad++) { exchange[quad * THREADS + thread] = x[quad]; }
+        workgroupBarrier();
 
         if (busy) {
             for (var j = 0u; j < LANES; j++) {
-                let elements = v_load8(offered_place(place, thread, j) + column);
+                let elements = v_load8(places[slice * LANES + j] + column);
                 let a = elements[0];
                 let b = elements[1];
                 for (var quad = 0u; quad < QUADS; quad++) {
-                    let weight = offered(x[quad], quad * THREADS + thread, j);
+                    let weight = exchange[quad * THREADS + slice * LANES + j];
                     let s = quad * 8u;
                     sums[s] = fma(weight, vec4<f32>(a.x), sums[s]);
                     sums[s + 1u] = fma(weight, vec4<f32>(a.y), sums[s + 1u]);
@@ -201,7 +204,7 @@ fn attend(at: Invocation) {
                 }
             }
         }
-        SLICE_BARRIER
+        workgroupBarrier();
     }
 
     // Merging, in order of the slices. The quad to merge is moved to the front each time: an index that depends on this
@@ -209,7 +212,7 @@ fn attend(at: Invocation) {
     // have nothing to add.
     let rounds = (min(hi, THREADS) + THREADS / ROUNDS - 1u) / (THREADS / ROUNDS);
     for (var quad = 0u; quad < QUADS; quad++) {
-        offer(thread, total[0]);
+        offer_score(thread, total[0]);
         if (thread % LANES == 0u) { slice_highest[slice] = highest[0]; }
         workgroupBarrier();
         var top = vec4<f32>(LOWEST);

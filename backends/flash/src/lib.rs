@@ -9,7 +9,7 @@
 //! item. Threads form *slices*, each wide enough to cover a head with 8 elements a thread. Slice g takes keys g·w to
 //! g·w + w − 1 of every tile of 256 keys, w being its width: each thread scores one key for all rows, then sums its 8
 //! elements of the slice's values. A slice keeps an online softmax of its own, and slices are merged once at the end.
-//! Where a slice lies within a subgroup, its threads talk by shuffles and the loop over the keys has no barrier.
+//! Where a slice lies within a subgroup, its maximum goes by shuffles and the loop over the keys has half the barriers.
 //!
 //! # What follows
 //! Tiles begin at position 0, and nothing in the order of a row's arithmetic depends on the other rows, on the rows of

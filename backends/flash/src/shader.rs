@@ -23,7 +23,7 @@ const SCRATCH: u32 = 512;
 pub(crate) const LEAST_WORKGROUP_BYTES: u32 =
     Variant { quads: 1, head_dim: MIN_HEAD_DIM, exchange: Exchange::Workgroup }.workgroup_bytes();
 
-/// How the threads of a slice see each other's scores and weights.
+/// How the threads of a slice see each other's scores.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Exchange {
     /// By subgroup shuffles.
@@ -76,12 +76,8 @@ impl Variant {
     }
 
     const fn workgroup_bytes(self) -> u32 {
-        let exchanged = match self.exchange {
-            Exchange::Subgroup => 0,
-            Exchange::Workgroup => THREADS * (self.quads * 16 + 4),
-        };
-        // Scratch, highest score and sum of each slice, four facts of each row.
-        SCRATCH * 16 + self.slices() * 32 + self.rows() * 16 + exchanged
+        // Scratch, highest score and sum of each slice, four facts of each row, weight and place of each key.
+        SCRATCH * 16 + self.slices() * 32 + self.rows() * 16 + THREADS * (self.quads * 16 + 4)
     }
 
     /// The bindings of [`source`](Self::source).
@@ -152,7 +148,7 @@ impl Variant {
             Exchange::Workgroup => (include_str!("workgroup.wgsl"), "workgroupBarrier();"),
         };
         text += exchange;
-        text += &include_str!("flash.wgsl").replace("SLICE_BARRIER", barrier);
+        text += &include_str!("flash.wgsl").replace("SCORE_BARRIER", barrier);
         text
     }
 }

@@ -14,6 +14,8 @@ pub struct Commands {
     device: Device,
     gpu: Option<Recording>,
     dispatches: u64,
+    /// Dispatches after which what is recorded is submitted, and those recorded since.
+    hand_over: Option<(u64, u64)>,
     kept: Vec<Arc<dyn Any + Send + Sync>>,
 }
 
@@ -79,7 +81,7 @@ impl Commands {
                 })
             }
         };
-        Ok(Self { device, gpu, dispatches: 0, kept: Vec::new() })
+        Ok(Self { device, gpu, dispatches: 0, hand_over: None, kept: Vec::new() })
     }
 
     /// The device it records for.
@@ -92,6 +94,14 @@ impl Commands {
     #[must_use]
     pub fn dispatches(&self) -> u64 {
         self.dispatches
+    }
+
+    /// Submits what is recorded after every `dispatches` dispatches, so that the GPU works while the rest is recorded:
+    /// for a recording whose answer is waited for. One that others follow before its answer is read gains nothing.
+    #[must_use]
+    pub fn handed_over_every(mut self, dispatches: u64) -> Self {
+        self.hand_over = Some((dispatches.max(1), 0));
+        self
     }
 
     /// Keeps `thing` alive until everything recorded is submitted: for memory that is written anew once it is dropped.
@@ -154,6 +164,13 @@ impl Commands {
         }
         pass.dispatch_workgroups(workgroups[0], workgroups[1], workgroups[2]);
         self.dispatches += 1;
+        if let Some((most, since)) = &mut self.hand_over {
+            *since += 1;
+            if *since >= *most {
+                *since = 0;
+                return self.flush();
+            }
+        }
         Ok(())
     }
 

@@ -28,6 +28,10 @@ use crate::{
 /// Tokens beyond the context that the pool has room for: a drafter's block reaches beyond what is emitted.
 const BLOCK_ROOM: u32 = 128;
 
+/// Dispatches after which the GPU starts on a step whose answer the host waits for: on an H100 recording one takes about
+/// half as long as running it, so the GPU is never short of work.
+const HAND_OVER: u64 = 48;
+
 /// How an engine is set up.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
@@ -506,7 +510,7 @@ impl<'a> Run<'a> {
         if self.drafting.is_none() && self.request.sampling.is_greedy() && self.recorder.is_none() {
             return self.decode_ahead(sequence);
         }
-        let mut commands = self.device.commands()?;
+        let mut commands = self.step_commands()?;
         loop {
             let (stop, next) = self.step(sequence, commands)?;
             if let Some(stop) = stop {
@@ -602,6 +606,11 @@ impl<'a> Run<'a> {
         }
     }
 
+    /// The recording of a step that the host waits for.
+    fn step_commands(&self) -> Result<Commands, EngineError> {
+        Ok(self.device.commands()?.handed_over_every(HAND_OVER))
+    }
+
     /// One step: draft, verify, emit. `commands` may hold what the last step committed; the answer holds what this one
     /// did.
     fn step(
@@ -629,8 +638,7 @@ impl<'a> Run<'a> {
             Some((Proposal::Device { ids, counts, .. }, width)) => {
                 let count = counts.first().copied().unwrap_or(0).min(*width);
                 let ids = ids.slice(0, u64::from(count + 1) * 4)?;
-                drafted_later = Some(commands.read_back(ids)?);
-                commands.flush()?;
+                drafted_later = Some(ids);
                 Ids::Device { ids, rows: count + 1 }
             }
             _ => Ids::Host(&rows),
@@ -640,6 +648,7 @@ impl<'a> Run<'a> {
         let phase = if count > 1 { Phase::Verify } else { Phase::Decode };
         self.runner.pass(&mut commands, self.kernels, phase, ids, anchor as u32, &sequence.pages, Head::All)?;
         let judgement = self.judge(&mut commands, count)?;
+        let drafted_later = drafted_later.map(|ids| commands.read_back(ids)).transpose()?;
         self.submit(commands)?;
         if let Some(readback) = drafted_later {
             drafted.extend(readback.wait_as::<u32>()?.into_iter().skip(1));
@@ -657,7 +666,7 @@ impl<'a> Run<'a> {
             // What an end token cut off does not count.
             counts.step(drafted.len(), verified.accepted.min(sequence.tokens.len() - before));
         }
-        let mut next = self.device.commands()?;
+        let mut next = self.step_commands()?;
         if stop.is_none() {
             self.commit(&mut next, sequence, anchor as u32, verified.accepted as u32 + 1);
         }
@@ -687,7 +696,7 @@ impl<'a> Run<'a> {
             Ok(proposal) => Ok(Some((proposal, width))),
             Err(error) => {
                 self.lose_drafter(&error);
-                *commands = self.device.commands()?;
+                *commands = self.step_commands()?;
                 Ok(None)
             }
         }
