@@ -27,7 +27,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let kind = AttentionKind::Gqa { query_heads, kv_heads, head_dim, value_dim: head_dim };
     for (mask, name) in [(Mask::Causal, "causal"), (Mask::Bidirectional, "bidirectional")] {
         let problem = AttentionProblem::new(kind, DType::F16).mask(mask).page_size(16);
-        let kernel = Flash::default().prepare(&device, &problem)?;
+        let kernel = Flash.prepare(&device, &problem)?;
         for rows in [1u32, 4, 8, 16, 128] {
             for context in [64u32, 256, 512, 1024, 4096] {
                 let length = context + rows;

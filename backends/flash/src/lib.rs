@@ -27,7 +27,8 @@ mod tests;
 use std::sync::Arc;
 
 use polyattn_api::{
-    AttentionBackend, AttentionKernel, AttentionProblem, BackendError, Capabilities, Device, register_backend,
+    AttentionBackend, AttentionKernel, AttentionProblem, BackendError, Capabilities, Decline, Device, DeviceFacts,
+    Mask, register_backend,
 };
 
 /// The backend's descriptor.
@@ -41,6 +42,15 @@ impl AttentionBackend for Flash {
 
     fn capabilities(&self) -> &Capabilities {
         &capabilities::CAPABILITIES
+    }
+
+    fn declines(&self, problem: &AttentionProblem, device: &DeviceFacts) -> Vec<Decline> {
+        let mut reasons = self.capabilities().declines(problem, device);
+        // A sequence's own causality would take the place of its tree, which the kernel holds fixed.
+        if problem.per_sequence_causal && problem.mask == Mask::Tree {
+            reasons.push(Decline::Other("tree mask with per-sequence causality".into()));
+        }
+        reasons
     }
 
     fn prepare(&self, device: &Device, problem: &AttentionProblem) -> Result<Arc<dyn AttentionKernel>, BackendError> {

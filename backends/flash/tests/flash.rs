@@ -99,6 +99,10 @@ fn is_registered_and_declines_what_it_does_not_serve() {
             "prefix spans not supported"
         ]
     );
+    let mut both = AttentionProblem::new(gqa(4, 2, 64), DType::F16).mask(Mask::Tree);
+    both.per_sequence_causal = true;
+    let reasons: Vec<_> = Flash.declines(&both, &facts).iter().map(ToString::to_string).collect();
+    assert_eq!(reasons, ["tree mask with per-sequence causality not supported"]);
     let mut small = facts.clone();
     small.limits.workgroup_bytes = 8 << 10;
     assert!(matches!(Flash.declines(&problem, &small)[..], [Decline::NeedsWorkgroupMemory { .. }]));

@@ -1,4 +1,5 @@
 //! The provided writer of K and V: the same bytes on the CPU and on a GPU, and nothing but the new rows touched.
+#![allow(clippy::unwrap_used, reason = "a test's help may fail the test")]
 
 use half::{bf16, f16};
 use polyattn_api::{

@@ -32,7 +32,8 @@ pub(crate) struct Cli {
 
     /// The device: auto (the best hardware adapter, else the CPU), cpu, gpu (the best adapter, software ones included),
     /// an adapter's index, or part of its name.
-    #[arg(long, global = true, value_name = "DEVICE", default_value = "auto", value_parser = device)]
+    #[arg(long, global = true, value_name = "DEVICE", default_value = "auto", value_parser = device,
+        allow_negative_numbers = true)]
     device: DeviceChoice,
 
     /// Say more on standard error; twice for more still. The environment variable POLYATTN_LOG filters in detail.
@@ -72,6 +73,7 @@ pub(crate) fn run() -> ExitCode {
     let args: Vec<OsString> = std::env::args_os().collect();
     let cli = match Cli::try_parse_from(&args) {
         Ok(cli) => cli,
+        Err(error) if error.kind() == ErrorKind::InvalidUtf8 => return fail(&no_text(&args), asks_for_json(&args)),
         Err(error) => return refused(&error, asks_for_json(&args)),
     };
     log(cli.verbose);
@@ -100,6 +102,12 @@ fn asks_for_json(args: &[OsString]) -> bool {
     args.iter().skip(1).take_while(|arg| *arg != "--").any(|arg| arg == "--json")
 }
 
+/// Names the argument that is no text.
+fn no_text(args: &[OsString]) -> Failure {
+    let found = args.iter().skip(1).find(|arg| arg.to_str().is_none());
+    Failure::new(format!("the argument '{}' is not UTF-8", found.map(|arg| arg.to_string_lossy()).unwrap_or_default()))
+}
+
 /// Help, the version, or a command line that is wrong.
 fn refused(error: &clap::Error, json: bool) -> ExitCode {
     match error.kind() {
@@ -112,7 +120,9 @@ fn refused(error: &clap::Error, json: bool) -> ExitCode {
             if json {
                 let text = error.render().to_string();
                 // The usage and hints that follow are for people.
-                let message = text.split("\n\nUsage:").next().unwrap_or(&text);
+                let message = ["\n\nUsage:", "\n\nFor more information"]
+                    .iter()
+                    .fold(text.as_str(), |text, end| text.split(end).next().unwrap_or(text));
                 let message = message.strip_prefix("error: ").unwrap_or(message).trim();
                 print_error(message);
             }

@@ -1,4 +1,5 @@
 //! The same calls on the CPU and, where there is an adapter, on a GPU.
+#![allow(clippy::unwrap_used, reason = "a test's help may fail the test")]
 
 use polyattn_device::{Access, Buffer, Device, DeviceChoice, DeviceError, PipelineSpec};
 

@@ -293,7 +293,8 @@ impl Engine {
         Ok(())
     }
 
-    /// Generates from a prompt. `on_tokens` is given each step's new tokens, and may end the request.
+    /// Generates from a prompt. `on_tokens` is given each step's new tokens, none between the chunks of the prompt, and
+    /// may end the request.
     ///
     /// # Errors
     /// A request that does not fit the model; a device that failed. Its pages are free again in any case.
@@ -524,6 +525,7 @@ impl<'a> Run<'a> {
     fn prefill(&mut self, sequence: &mut Sequence) -> Result<Option<StopReason>, EngineError> {
         let prompt = &self.request.prompt;
         let chunk = self.runner.sizes().rows as usize;
+        sequence.tokens.extend_from_slice(prompt);
         let mut judgement = None;
         for start in (0..prompt.len()).step_by(chunk) {
             let end = prompt.len().min(start + chunk);
@@ -546,8 +548,10 @@ impl<'a> Run<'a> {
             }
             self.commit(&mut commands, sequence, start as u32, (end - start) as u32);
             self.submit(commands)?;
+            if !last && (self.on_tokens)(&[]).is_break() {
+                return Ok(Some(StopReason::Cancelled));
+            }
         }
-        sequence.tokens.extend_from_slice(prompt);
         let Some(judgement) = judgement else { return Ok(None) };
         let verified = self.verify(judgement, &[], prompt.len())?;
         self.first_token = Some(Instant::now());
@@ -689,8 +693,7 @@ impl<'a> Run<'a> {
         // The drafter's block may be wider than what is verified.
         let block = sequence.tokens.len() + drafting.drafter.max_tokens() as usize;
         self.pages.grow(&mut sequence.pages, block.div_ceil(self.runner.sizes().page_size as usize))?;
-        let wanted =
-            [DraftSequence { id: sequence.id, tokens: &sequence.tokens, width, pages: &sequence.pages }];
+        let wanted = [DraftSequence { id: sequence.id, tokens: &sequence.tokens, width, pages: &sequence.pages }];
         let mut context = ProposeContext::new(commands, &wanted, self.runner);
         match drafting.drafter.propose(&mut context) {
             Ok(proposal) => Ok(Some((proposal, width))),

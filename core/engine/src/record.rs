@@ -3,9 +3,7 @@
 use std::path::PathBuf;
 
 use parking_lot::Mutex;
-use polyattn_api::{
-    AttentionIo, AttentionKind, AttentionProblem, BackendError, BatchLayout, BufferSlice, Plan, Role,
-};
+use polyattn_api::{AttentionIo, AttentionKind, AttentionProblem, BackendError, BatchLayout, BufferSlice, Plan, Role};
 use polyattn_device::{Commands, Readback};
 use polyattn_replay::Case;
 
@@ -25,6 +23,8 @@ pub struct RecordOptions {
 #[derive(Debug)]
 pub(crate) struct Recorder {
     options: RecordOptions,
+    /// Whether the folder was not there before.
+    made: bool,
     state: Mutex<State>,
 }
 
@@ -32,6 +32,7 @@ pub(crate) struct Recorder {
 struct State {
     /// Steps begun.
     steps: u64,
+    written: u64,
     target_layers: u32,
     draft_layers: u32,
     pending: Vec<Pending>,
@@ -51,11 +52,12 @@ struct Pending {
 
 impl Recorder {
     pub(crate) fn new(options: RecordOptions) -> Result<Self, EngineError> {
+        let made = !options.folder.exists();
         std::fs::create_dir_all(&options.folder).map_err(|error| EngineError::Record {
             path: options.folder.clone(),
             message: format!("cannot make the folder: {error}"),
         })?;
-        Ok(Self { options, state: Mutex::default() })
+        Ok(Self { options, made, state: Mutex::default() })
     }
 
     pub(crate) fn begin_step(&self) {
@@ -121,8 +123,27 @@ impl Recorder {
             let mut case = Case::new(call.problem, batch, call.q.wait()?, k_cache, v_cache);
             case.out = Some(call.out.wait_as::<f32>()?);
             case.save(&path).map_err(|error| EngineError::Record { path, message: error.to_string() })?;
+            self.state.lock().written += 1;
         }
         Ok(())
+    }
+}
+
+impl Drop for Recorder {
+    /// Says so where a run had no such call, and leaves no empty folder behind.
+    fn drop(&mut self) {
+        let State { steps, written: 0, .. } = *self.state.get_mut() else { return };
+        if steps > 0 {
+            let RecordOptions { layer, step, .. } = &self.options;
+            let step = step.map(|step| format!(" at step {step}")).unwrap_or_default();
+            tracing::warn!(
+                "nothing was recorded: none of the run's {steps} steps called attention of layer {layer}{step}"
+            );
+        }
+        if self.made {
+            // A folder that somebody else has put something into stays.
+            let _ = std::fs::remove_dir(&self.options.folder);
+        }
     }
 }
 

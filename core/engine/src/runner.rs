@@ -18,7 +18,10 @@ use crate::{EngineError, attention::Kernels};
 pub(crate) enum Ids<'a> {
     Host(&'a [u32]),
     /// Already on the device, `rows` of them.
-    Device { ids: BufferSlice<'a>, rows: u32 },
+    Device {
+        ids: BufferSlice<'a>,
+        rows: u32,
+    },
 }
 
 impl Ids<'_> {
@@ -129,6 +132,7 @@ impl Runner {
     }
 
     /// Records a pass of one sequence over rows whose first stands at `position`.
+    #[expect(clippy::too_many_arguments, reason = "one pass: what, where, with whom")]
     pub(crate) fn pass(
         &self,
         commands: &mut Commands,

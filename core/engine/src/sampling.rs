@@ -62,8 +62,12 @@ impl Sampler {
     /// Never empty; a row without one finite logit gives id 0.
     #[must_use]
     pub fn distribution(&self, logits: &[f32]) -> Vec<(u32, f64)> {
-        let mut ranked: Vec<(u32, f64)> =
-            logits.iter().zip(0..).filter(|(x, _)| !x.is_nan() && **x > f32::NEG_INFINITY).map(|(x, id)| (id, f64::from(*x))).collect();
+        let mut ranked: Vec<(u32, f64)> = logits
+            .iter()
+            .zip(0..)
+            .filter(|(x, _)| !x.is_nan() && **x > f32::NEG_INFINITY)
+            .map(|(x, id)| (id, f64::from(*x)))
+            .collect();
         ranked.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
         let Some(&(best, top)) = ranked.first() else { return vec![(0, 1.0)] };
         if self.sampling.is_greedy() || top == f64::INFINITY {

@@ -144,8 +144,8 @@ impl DecoderLayer {
         };
         let heads = shape.query_heads * shape.head_dim;
         use LayerWeight::{
-            AttentionNorm, AttentionOutput, AttentionOutputBias, Down, FeedForwardNorm, Gate, Key, KeyBias, KeyNorm, Query, QueryBias,
-            QueryNorm, Up, Value, ValueBias,
+            AttentionNorm, AttentionOutput, AttentionOutputBias, Down, FeedForwardNorm, Gate, Key, KeyBias, KeyNorm,
+            Query, QueryBias, QueryNorm, Up, Value, ValueBias,
         };
         let qkv = matrix(&[Query, Key, Value], shape.hidden_size, shape.qkv_width())?;
         let output = matrix(&[AttentionOutput], heads, shape.hidden_size)?;
@@ -246,8 +246,7 @@ impl DecoderLayer {
         )?;
         let k_offset = shape.query_heads * shape.head_dim;
         let v_offset = k_offset + shape.kv_heads * shape.head_dim;
-        let store =
-            StoreKv::from_rows(&scratch.qkv, stride, k_offset, v_offset, attention.k_cache, attention.v_cache);
+        let store = StoreKv::from_rows(&scratch.qkv, stride, k_offset, v_offset, attention.k_cache, attention.v_cache);
         attention.kernel.store_kv(commands, attention.plan, &store)?;
         let io = AttentionIo::new(&scratch.q, attention.k_cache, attention.v_cache, &scratch.attention);
         attention.kernel.encode(commands, attention.plan, &io)?;

@@ -60,6 +60,7 @@ impl<'a> WeightLoader<'a> {
         for (name, rows) in names.iter().zip(rows) {
             self.fill(name, rows, cols as usize, dtype, &buffer, first as u64 * u64::from(cols) * dtype.bytes())?;
             first += rows;
+            self.checkpoint.release(name);
         }
         self.settle()?;
         Ok(Matrix { buffer, rows: count, cols, dtype })
@@ -101,13 +102,10 @@ impl<'a> WeightLoader<'a> {
             let end = rows.min(start + step);
             let values = &mut chunk[..(end - start) * cols];
             let per_thread = (end - start).div_ceil(rayon::current_num_threads());
-            values
-                .par_chunks_mut((per_thread * cols).max(1))
-                .enumerate()
-                .try_for_each(|(place, values)| {
-                    let first = start + place * per_thread;
-                    self.checkpoint.read_rows(name, first..first + values.len() / cols, values)
-                })?;
+            values.par_chunks_mut((per_thread * cols).max(1)).enumerate().try_for_each(|(place, values)| {
+                let first = start + place * per_thread;
+                self.checkpoint.read_rows(name, first..first + values.len() / cols, values)
+            })?;
             let at = offset + start as u64 * row_bytes;
             match dtype {
                 DType::F32 => self.device.write(buffer, at, values)?,

@@ -4,6 +4,9 @@ use polyattn_api::{DType, LayerConfig, ModelConfig, ProposerError, TargetFacts, 
 use polyattn_nn::load::RopeConfig;
 use serde::Deserialize;
 
+/// The file of a checkpoint that says what it is.
+const CONFIG: &str = "config.json";
+
 /// What a checkpoint's `config.json` says, checked.
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
@@ -115,15 +118,38 @@ impl DFlashConfig {
     /// A file that is missing or is no DFlash configuration, or one of a variant that is not supported: the message
     /// names file, field and value.
     pub fn open(checkpoint: &Path) -> Result<Self, ProposerError> {
-        let folder = if checkpoint.is_dir() { checkpoint } else { checkpoint.parent().unwrap_or(Path::new(".")) };
-        let file = folder.join("config.json");
+        let is_part = |file: &Path| {
+            file.file_name().is_some_and(|name| name == CONFIG) || file.extension().is_some_and(|e| e == "safetensors")
+        };
+        let folder = match checkpoint.parent() {
+            _ if checkpoint.is_dir() => checkpoint,
+            Some(folder) if is_part(checkpoint) => folder,
+            _ => {
+                return Err(ProposerError::Checkpoint(format!(
+                    "{}: this is no DFlash checkpoint: a folder with {CONFIG} and *.safetensors, or one of these files",
+                    checkpoint.display()
+                )));
+            }
+        };
+        let file = folder.join(CONFIG);
         let text = std::fs::read_to_string(&file)
             .map_err(|error| ProposerError::Checkpoint(format!("{}: cannot read it: {error}", file.display())))?;
         Self::parse(&file, &text).map_err(ProposerError::Checkpoint)
     }
 
     fn parse(file: &Path, text: &str) -> Result<Self, String> {
-        let raw: Raw = serde_json::from_str(text).map_err(|error| format!("{}: {error}", file.display()))?;
+        let fault = |message: String| format!("{}: {message}", file.display());
+        // serde would take an array for the fields in order.
+        if text.trim_start().starts_with('[') {
+            return Err(fault("it is no JSON object".into()));
+        }
+        let mut source = serde_json::Deserializer::from_str(text);
+        let raw: Raw =
+            serde_path_to_error::deserialize(&mut source).map_err(|error| match error.path().to_string() {
+                path if path == "." => fault(error.into_inner().to_string()),
+                path => fault(format!("{path}: {}", error.into_inner())),
+            })?;
+        source.end().map_err(|error| fault(error.to_string()))?;
         let head_dim = raw.head_dim.unwrap_or(raw.hidden_size / raw.num_attention_heads.max(1));
         let rope = RopeConfig::from_hf_json(file, text, head_dim).map_err(|error| error.to_string())?;
         Self::check_fields(file.parent().unwrap_or(file), raw, rope)
@@ -226,9 +252,10 @@ impl DFlashConfig {
     /// Checks that the drafter was made for a target like this.
     ///
     /// # Errors
-    /// [`ProposerError::Mismatch`] with both numbers.
+    /// [`ProposerError::Mismatch`] with the file, the field and both numbers.
     pub fn check(&self, target: &TargetFacts) -> Result<(), ProposerError> {
-        let fail = |message: String| Err(ProposerError::Mismatch(message));
+        let file = self.folder.join(CONFIG);
+        let fail = |message: String| Err(ProposerError::Mismatch(format!("{}: {message}", file.display())));
         if let Some(layers) = self.num_target_layers
             && layers != target.layers
         {

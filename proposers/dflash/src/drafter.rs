@@ -96,8 +96,13 @@ impl DFlashDrafter {
                 config.block_size - 1
             )));
         }
-        let checkpoint = Checkpoint::open(&config.folder).map_err(|error| ProposerError::Checkpoint(error.to_string()))?;
-        Self::build(context, config, &checkpoint).map_err(from_nn)
+        let checkpoint =
+            Checkpoint::open(&config.folder).map_err(|error| ProposerError::Checkpoint(error.to_string()))?;
+        let folder = config.folder.clone();
+        Self::build(context, config, &checkpoint).map_err(|error| match error {
+            NnError::Shape(message) => ProposerError::Checkpoint(format!("{}: {message}", folder.display())),
+            error => from_nn(error),
+        })
     }
 
     fn build(context: &LoadContext<'_>, config: DFlashConfig, checkpoint: &Checkpoint) -> Result<Self, NnError> {
@@ -312,7 +317,10 @@ impl DFlashDrafter {
         ops::rms_norm(commands, memory.hidden.whole(), norm, block, memory.normed.whole())?;
         // The masks were read by the embedding, so the drafted ids may take their place behind the anchor. Rows beyond
         // what is verified shape the block, but nobody asks for their tokens.
-        context.target.head_argmax(commands, memory.normed.whole(), width + 1, 1, memory.block.whole()).map_err(lent)?;
+        context
+            .target
+            .head_argmax(commands, memory.normed.whole(), width + 1, 1, memory.block.whole())
+            .map_err(lent)?;
         Ok(Proposal::Device { ids: memory.block.clone(), stride: block, counts: vec![width] })
     }
 }
@@ -333,7 +341,9 @@ impl Drafter for DFlashDrafter {
     fn propose(&mut self, context: &mut ProposeContext<'_>) -> Result<Proposal, ProposerError> {
         match context.sequences {
             [only] => self.draft(context, only).map_err(from_nn),
-            several => Err(ProposerError::Unsupported(format!("dflash drafts one sequence a step, not {}", several.len()))),
+            several => {
+                Err(ProposerError::Unsupported(format!("dflash drafts one sequence a step, not {}", several.len())))
+            }
         }
     }
 

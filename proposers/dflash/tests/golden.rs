@@ -1,10 +1,12 @@
 //! Every stage of two steps against tensors of an independent implementation (`tests/golden/make_dflash.py`), on random
 //! weights: features into context, keys and values of every layer, the block, the drafted ids.
 
+#![allow(clippy::unwrap_used, reason = "a failing test may panic")]
+
 use std::{path::PathBuf, sync::Arc};
 
 use polyattn_api::{
-    Buffer, BufferSlice, CommittedRows, Commands, DType, Device, DraftAttention, DraftSequence, Drafter, EngineConfig,
+    Buffer, BufferSlice, Commands, CommittedRows, DType, Device, DraftAttention, DraftSequence, Drafter, EngineConfig,
     LoadContext, Outcome, Phase, Proposal, ProposeContext, Proposer, ProposerError, Registry, Role, TargetFacts,
     TargetServices, default_draft_config, resolve,
 };

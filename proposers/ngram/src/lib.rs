@@ -80,7 +80,8 @@ pub fn draft(tokens: &[u32], most: usize) -> &[u32] {
     let mut draft: &[u32] = &[];
     // An occurrence that ends before `end`; the suffix itself ends with the text.
     for end in (1..tokens.len()).rev() {
-        let length = tokens[..end].iter().rev().zip(tokens.iter().rev()).take(MAX_MATCH).take_while(|(a, b)| a == b).count();
+        let length =
+            tokens[..end].iter().rev().zip(tokens.iter().rev()).take(MAX_MATCH).take_while(|(a, b)| a == b).count();
         if length > longest {
             longest = length;
             draft = &tokens[end..tokens.len().min(end + most)];

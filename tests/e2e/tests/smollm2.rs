@@ -1,6 +1,8 @@
 //! The real model, and its trained drafter, against independent implementations (`tests/golden/make_smollm2.py`,
 //! `tests/golden/smollm2_dflash.py`). Skipped, with a word, where the model was not fetched.
 
+#![allow(clippy::unwrap_used, reason = "a failing test may panic")]
+
 use polyattn_device::Device;
 use polyattn_e2e::{assert_same_up_to_ties, devices, engine, greedy, smollm2, tests_folder};
 use polyattn_engine::{EngineOptions, SpeculativeOptions};

@@ -131,7 +131,7 @@ pub(crate) fn run(args: Args, context: &Context) -> Ended {
     let prompt: Vec<u32> = filler.iter().copied().cycle().take(args.prompt_tokens as usize).collect();
     let ceilings = device.is_cpu().then(measure_ceilings);
     let mut answer = Answer {
-        command: std::env::args().collect::<Vec<_>>().join(" "),
+        command: std::iter::once("polyattn".to_owned()).chain(std::env::args().skip(1)).collect::<Vec<_>>().join(" "),
         model: &model.name,
         device: &device.facts().name,
         driver: &device.facts().driver,
@@ -293,7 +293,8 @@ fn table(answer: &Answer<'_>) -> String {
         "÷ memory floor",
         "of gemm's peak",
     ]);
-    let number = |value: Option<f64>, digits: usize| value.map_or("–".to_owned(), |value| format!("{value:.digits$}"));
+    let number =
+        |value: Option<f64>, digits: usize| value.map_or("–".to_owned(), |value| format!("{value:.digits$}"));
     for row in &answer.rows {
         table.add_row([
             row.proposer.clone(),

@@ -1,12 +1,16 @@
 //! `polyattn generate`.
 
-use std::{collections::BTreeMap, io::Write, ops::ControlFlow, path::PathBuf, sync::atomic::Ordering};
+use std::{
+    collections::BTreeMap,
+    io::{self, ErrorKind, Write},
+    ops::ControlFlow,
+    path::PathBuf,
+    sync::atomic::Ordering,
+};
 
 use polyattn::{
-    api::BackendName,
-    engine::{
-        Acceptance, Backends, Engine, EngineOptions, Generation, RecordOptions, Request, Sampling, StopReason,
-    },
+    api::{BackendName, EngineConfig, ModelConfig},
+    engine::{Acceptance, Backends, Engine, EngineOptions, Generation, RecordOptions, Request, Sampling, StopReason},
     nn::load::{ChatMessage, Detokenizer},
 };
 use serde::Serialize;
@@ -59,7 +63,7 @@ pub(crate) struct Args {
     top_p: f64,
 
     /// The same seed draws the same tokens.
-    #[arg(long, value_name = "S", default_value_t = 0)]
+    #[arg(long, value_name = "S", default_value_t = 0, allow_negative_numbers = true)]
     seed: u64,
 
     /// Write attention calls of the run as replay files into this folder.
@@ -67,11 +71,11 @@ pub(crate) struct Args {
     record: Option<PathBuf>,
 
     /// The layer whose calls are written, counted from 0 in the target and in the draft.
-    #[arg(long, value_name = "LAYER", default_value_t = 0, requires = "record")]
+    #[arg(long, value_name = "LAYER", default_value_t = 0, requires = "record", allow_negative_numbers = true)]
     record_layer: u32,
 
     /// The step whose calls are written; all when unset. The chunks of the prompt count as steps, from 0.
-    #[arg(long, value_name = "STEP", requires = "record")]
+    #[arg(long, value_name = "STEP", requires = "record", allow_negative_numbers = true)]
     record_step: Option<u64>,
 }
 
@@ -165,6 +169,15 @@ pub(crate) fn run(args: Args, context: &Context) -> Ended {
         output::note("the model's vocabulary cannot spell all of the prompt; what it lacks is lost");
     }
     let prompt = prompt_ids(&model, &options)?;
+    // The engine would say so too, after all weights are loaded.
+    let context_length = model.source.config.context_length;
+    if prompt.len() >= context_length as usize {
+        return Err(Failure::new(format!(
+            "PROMPT: its {} tokens leave no room in the context of {}, {context_length} tokens",
+            prompt.len(),
+            model.name
+        )));
+    }
 
     let mut setup = EngineOptions::default()
         .with_context(u32::try_from(prompt.len().saturating_add(options.max_tokens)).unwrap_or(u32::MAX))
@@ -176,21 +189,20 @@ pub(crate) fn run(args: Args, context: &Context) -> Ended {
         step: record.step,
     });
     let mut engine = model.engine(&device, &setup)?;
+    if let Some(record) = &options.record {
+        check_layer(record.layer, engine.config())?;
+    }
 
     let mut request = Request::new(prompt, options.max_tokens);
-    request.sampling = Sampling {
-        temperature: options.temperature,
-        top_k: options.top_k,
-        top_p: options.top_p,
-        seed: options.seed,
-    };
-    let mut words = Words { detokenizer: tokenizer.detokenizer(), silent: context.json };
+    request.sampling =
+        Sampling { temperature: options.temperature, top_k: options.top_k, top_p: options.top_p, seed: options.seed };
+    let mut words = Words { detokenizer: tokenizer.detokenizer(), silent: context.json, fault: None };
     let interrupted = interrupt::flag();
     let generation = engine.generate(&request, &mut |tokens| {
         let heard = words.say(tokens);
         if heard && !interrupted.load(Ordering::SeqCst) { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
     })?;
-    words.finish();
+    words.finish()?;
 
     if context.json {
         let answer = Answer {
@@ -218,11 +230,28 @@ pub(crate) fn run(args: Args, context: &Context) -> Ended {
     Ok(Verdict::Holds)
 }
 
+/// Checks that the target or the draft has a layer of this number.
+fn check_layer(layer: u32, config: &EngineConfig) -> Result<(), Failure> {
+    let count = |model: &ModelConfig| model.layers.iter().map(|kind| kind.count).sum::<u32>();
+    let target = count(&config.model);
+    let draft = config.speculative.as_ref().and_then(|speculative| speculative.draft.as_ref()).map_or(0, count);
+    match target.max(draft) {
+        most if layer >= most => Err(Failure::new(format!(
+            "--record-layer: there is no layer {layer}, they are 0 to {}",
+            most.saturating_sub(1)
+        ))),
+        _ => Ok(()),
+    }
+}
+
 fn prompt_ids(model: &Model, options: &GenerateOptions) -> Result<Vec<u32>, Failure> {
     let source = &model.source;
     if options.chat {
         let template = source.chat_template.as_ref().ok_or_else(|| {
-            Failure::new(format!("--chat: {} has no chat template; leave --chat out to go on from the text", model.name))
+            Failure::new(format!(
+                "--chat: {} has no chat template; leave --chat out to go on from the text",
+                model.name
+            ))
         })?;
         return Ok(template.encode(&source.tokenizer, &[ChatMessage::user(&options.prompt)], true)?);
     }
@@ -237,6 +266,8 @@ fn prompt_ids(model: &Model, options: &GenerateOptions) -> Result<Vec<u32>, Fail
 struct Words {
     detokenizer: Detokenizer,
     silent: bool,
+    /// Why the last text could not be written.
+    fault: Option<io::Error>,
 }
 
 impl Words {
@@ -246,15 +277,26 @@ impl Words {
             return true;
         }
         let text: String = tokens.iter().filter_map(|token| self.detokenizer.push(*token)).collect();
-        let mut out = std::io::stdout().lock();
-        out.write_all(text.as_bytes()).and_then(|()| out.flush()).is_ok()
+        self.fault = Self::write(&text).err();
+        self.fault.is_none()
     }
 
-    fn finish(self) {
-        if !self.silent {
-            let mut out = std::io::stdout().lock();
-            // Nobody is left to tell where standard output is closed.
-            let _ = writeln!(out, "{}", self.detokenizer.finish());
+    fn write(text: &str) -> io::Result<()> {
+        let mut out = io::stdout().lock();
+        out.write_all(text.as_bytes()).and_then(|()| out.flush())
+    }
+
+    fn finish(self) -> Result<(), Failure> {
+        let fault = match self.fault {
+            None if !self.silent => Self::write(&format!("{}\n", self.detokenizer.finish())).err(),
+            fault => fault,
+        };
+        match fault {
+            // A reader that has seen enough, as in `polyattn generate … | head`, is no fault.
+            Some(error) if error.kind() != ErrorKind::BrokenPipe => {
+                Err(Failure::new(format!("cannot write to standard output: {error}")))
+            }
+            _ => Ok(()),
         }
     }
 }

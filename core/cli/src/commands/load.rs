@@ -93,6 +93,12 @@ impl Model {
         {
             return Err(Failure::new(format!("--draft-model: there is nothing at '{}'", path.display())));
         }
+        if model.is_some()
+            && let Some(entry) = Registry::global()?.proposer(&method)
+            && !entry.proposer.requirements().checkpoint
+        {
+            output::note(&format!("--draft-model is not used: proposer '{method}' needs none"));
+        }
         Ok(Some(SpeculativeOptions {
             method,
             attention_backend: choice.attention_backend.clone(),

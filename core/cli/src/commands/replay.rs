@@ -72,6 +72,12 @@ enum Choice {
 pub(crate) fn run(args: &Args, context: &Context) -> Ended {
     let registry = Registry::global()?;
     let choice = choice(&args.backend, registry)?;
+    if args.write.is_some() && args.files.len() > 1 {
+        // A bad input must not come up when half of the answers are written.
+        for file in &args.files {
+            Case::load(file)?;
+        }
+    }
     let target = Target::of(args, matches!(choice, Choice::All))?;
     let device = context.open()?;
 

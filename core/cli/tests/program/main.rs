@@ -1,6 +1,7 @@
 //! The program as a user meets it: exit codes, JSON, and messages.
 
 mod fetch;
+mod generate;
 mod lists;
 mod replay;
 mod run;

@@ -60,6 +60,18 @@ fn a_good_answer_is_within_tolerance() {
 }
 
 #[test]
+fn a_bad_input_among_several_leaves_nothing_written() {
+    let folder = folder();
+    let good = saved(folder.path(), "good.safetensors", &case(GQA));
+    let bad = folder.path().join("bad.safetensors").display().to_string();
+    std::fs::write(&bad, "no replay file").expect("writable");
+    let out = folder.path().join("answers");
+    let run = replay(&[&good, &bad, "--device", "cpu", "--write", &out.display().to_string()]);
+    assert!(run.error().starts_with(&bad), "{run:?}");
+    assert!(!out.exists());
+}
+
+#[test]
 fn a_wrong_answer_ends_with_1() {
     let folder = folder();
     let mut wrong = case(GQA);

@@ -176,6 +176,15 @@ impl Checkpoint {
         dequantize(ty, bytes, out).map_err(|e| LoadError::tensor(self.path(), name, e.to_string()))
     }
 
+    /// Gives back the memory that reading a tensor's bytes took, where the system lets a program do so: the map of a
+    /// file that was read would stand beside the weights that were made of it. It can be read again.
+    pub fn release(&self, name: &str) {
+        match &self.inner {
+            Inner::Gguf(g) => g.tensor(name).into_iter().for_each(|tensor| g.release(tensor)),
+            Inner::Safetensors(s) => s.tensors().get(name).into_iter().for_each(|entry| s.release(entry)),
+        }
+    }
+
     /// Rows and columns of a tensor, as [`read_rows`](Self::read_rows) counts them.
     ///
     /// # Errors
@@ -284,6 +293,11 @@ mod tests {
         c.read_rows("v", 0..1, &mut out).unwrap();
         assert_eq!(out, values[..64]);
         assert_eq!(c.rows_and_columns("v").unwrap(), (1, 64));
+        for name in ["a", "b", "q", "v", "absent"] {
+            c.release(name);
+        }
+        c.read_rows("v", 0..1, &mut out).unwrap();
+        assert_eq!(out, values[..64], "what was released can be read again");
 
         let error = |r: Result<(), LoadError>| r.unwrap_err().to_string();
         assert!(error(c.read_rows("a", 2..5, &mut out)).contains("rows 2 to 5"));

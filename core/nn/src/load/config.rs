@@ -699,9 +699,9 @@ impl WeightName {
             Self::Output | Self::TokenEmbedding => vec![vocab, hidden],
             Self::OutputNorm => vec![hidden],
             Self::Layer(_, w) => match w {
-                LayerWeight::AttentionNorm
-                | LayerWeight::AttentionOutputBias
-                | LayerWeight::FeedForwardNorm => vec![hidden],
+                LayerWeight::AttentionNorm | LayerWeight::AttentionOutputBias | LayerWeight::FeedForwardNorm => {
+                    vec![hidden]
+                }
                 LayerWeight::AttentionOutput => vec![hidden, q],
                 LayerWeight::Down => vec![hidden, wide],
                 LayerWeight::Gate | LayerWeight::Up => vec![wide, hidden],

@@ -368,6 +368,11 @@ impl Gguf {
         // Ranges were checked on opening; a tensor of another file gives at worst nothing.
         tensor.offset.checked_add(tensor.bytes).and_then(|end| self.file.bytes().get(tensor.offset..end)).unwrap_or(&[])
     }
+
+    /// Gives back the memory that reading a tensor's bytes took.
+    pub(crate) fn release(&self, tensor: &GgufTensor) {
+        self.file.release(tensor.offset..tensor.offset.saturating_add(tensor.bytes));
+    }
 }
 
 /// A cursor over the header.

@@ -1,6 +1,7 @@
 //! The one place where files are mapped into memory, and the one with unsafe code.
 
 use std::fs::File;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use super::LoadError;
@@ -44,6 +45,25 @@ impl MappedFile {
     /// The whole file.
     pub(crate) fn bytes(&self) -> &[u8] {
         &self.map
+    }
+
+    /// Gives back the memory that reading these bytes took; reading them again takes it anew.
+    pub(crate) fn release(&self, bytes: Range<usize>) {
+        if bytes.is_empty() || bytes.end > self.map.len() {
+            return;
+        }
+        #[cfg(unix)]
+        {
+            // SAFETY: the map is of a file, read-only and never written to, so that a page that is dropped comes back
+            // from the file with the same bytes; slices of it stay valid.
+            let released = unsafe {
+                self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, bytes.start, bytes.len())
+            };
+            // Advice that is not taken costs memory, nothing else.
+            if let Err(error) = released {
+                tracing::debug!("{}: the system keeps its pages: {error}", self.path.display());
+            }
+        }
     }
 }
 

@@ -166,6 +166,13 @@ impl SafetensorsFiles {
     pub(crate) fn data(&self, entry: &Entry) -> &[u8] {
         self.shards.get(entry.shard).and_then(|s| s.bytes().get(entry.range.clone())).unwrap_or(&[])
     }
+
+    /// Gives back the memory that reading a tensor's bytes took.
+    pub(crate) fn release(&self, entry: &Entry) {
+        if let Some(shard) = self.shards.get(entry.shard) {
+            shard.release(entry.range.clone());
+        }
+    }
 }
 
 /// The `.safetensors` files of a folder in the order of their names.

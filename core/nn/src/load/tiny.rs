@@ -134,9 +134,9 @@ impl TinyModel {
             WeightName::TokenEmbedding | WeightName::Output => vec![self.vocab_size(), hidden],
             WeightName::OutputNorm => vec![hidden],
             WeightName::Layer(_, w) => match w {
-                LayerWeight::AttentionNorm
-                | LayerWeight::AttentionOutputBias
-                | LayerWeight::FeedForwardNorm => vec![hidden],
+                LayerWeight::AttentionNorm | LayerWeight::AttentionOutputBias | LayerWeight::FeedForwardNorm => {
+                    vec![hidden]
+                }
                 LayerWeight::AttentionOutput => vec![hidden, q],
                 LayerWeight::Down => vec![hidden, wide],
                 LayerWeight::Gate | LayerWeight::Up => vec![wide, hidden],
