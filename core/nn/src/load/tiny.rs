@@ -100,6 +100,8 @@ impl TinyModel {
                     .filter(|w| match w {
                         LayerWeight::QueryBias | LayerWeight::KeyBias | LayerWeight::ValueBias => bias,
                         LayerWeight::QueryNorm | LayerWeight::KeyNorm => norms,
+                        // Drafters alone have one.
+                        LayerWeight::AttentionOutputBias => false,
                         _ => true,
                     })
                     .map(|w| WeightName::Layer(layer as u32, w)),
