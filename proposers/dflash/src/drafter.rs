@@ -13,9 +13,13 @@ use polyattn_nn::{
 
 use crate::DFlashConfig;
 
-/// Tokens verified a step where the user asked for no number: with three layers, acceptance beyond is rarer than a row
-/// of the target is cheap (measured, see `tests/bench/results`).
+/// Tokens verified a step on a GPU where the user asked for no number: the fastest width of the trained drafter on an
+/// H100, where a few more rows of the target cost little.
 const DEFAULT_TOKENS: u32 = 7;
+
+/// The same on the CPU, where each row of the target costs arithmetic: the fastest on two cores. Both are measured with
+/// `polyattn bench generate`, see `tests/bench/results`.
+const DEFAULT_TOKENS_ON_CPU: u32 = 3;
 
 /// A loaded DFlash drafter for one sequence at a time.
 #[derive(Debug)]
@@ -335,7 +339,7 @@ impl Drafter for DFlashDrafter {
     }
 
     fn default_tokens(&self) -> u32 {
-        self.max_tokens().min(DEFAULT_TOKENS)
+        self.max_tokens().min(if self.device.is_cpu() { DEFAULT_TOKENS_ON_CPU } else { DEFAULT_TOKENS })
     }
 
     fn propose(&mut self, context: &mut ProposeContext<'_>) -> Result<Proposal, ProposerError> {
