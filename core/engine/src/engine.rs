@@ -561,15 +561,15 @@ impl<'a> Run<'a> {
     /// Greedy decoding without drafts. The next pass takes its id on the device, so it is under way before the host
     /// has seen it.
     fn decode_ahead(&mut self, sequence: &mut Sequence) -> Result<StopReason, EngineError> {
-        let mut submitted = 0usize;
         let mut waiting: std::collections::VecDeque<Readback> = std::collections::VecDeque::new();
         // On the CPU a pass is over when it is recorded: running ahead would only compute what is thrown away.
         let ahead = if self.device.is_cpu() { 1 } else { 2 };
         loop {
+            let submitted = waiting.len();
             let position = sequence.tokens.len() - 1 + submitted;
             let new = sequence.tokens.len() - self.request.prompt.len() + submitted;
             let wanted = new < self.request.max_tokens && position + 1 < self.context;
-            if waiting.len() < ahead && wanted && self.reserve_ahead(sequence, position + 1, submitted)? {
+            if submitted < ahead && wanted && self.reserve_ahead(sequence, position + 1, submitted)? {
                 let mut commands = self.device.commands()?;
                 let id = [sequence.tokens[sequence.tokens.len() - 1]];
                 let ids = match submitted {
@@ -589,12 +589,10 @@ impl<'a> Run<'a> {
                 let best = self.runner.best(&mut commands, 1)?;
                 waiting.push_back(commands.read_back(best)?);
                 let _ = commands.submit()?;
-                submitted += 1;
                 continue;
             }
             let Some(next) = waiting.pop_front() else { return Ok(StopReason::Context) };
             let id = next.wait_as::<u32>()?.first().copied().unwrap_or(0);
-            submitted -= 1;
             self.steps += 1;
             if let Some(stop) = self.emit(sequence, &[id]) {
                 return Ok(stop);
