@@ -31,6 +31,16 @@ pub trait AttentionBackend: Debug + Send + Sync {
     /// # Errors
     /// A problem it declines, or a device that fails.
     fn prepare(&self, device: &Device, problem: &AttentionProblem) -> Result<Arc<dyn AttentionKernel>, BackendError>;
+
+    /// The same backend under the configuration that a user gave it (`backend_config`, a JSON object by backend name).
+    /// A backend with settings reads its own type from `config` and answers a copy of itself; capabilities may differ.
+    /// Provided: a backend without settings refuses.
+    ///
+    /// # Errors
+    /// A sentence that names the field, its value and what there is instead.
+    fn configured(&self, config: &serde_json::Value) -> Result<Arc<dyn AttentionBackend>, String> {
+        Err(format!("{config} is given, but backend '{}' takes no configuration", self.name()))
+    }
 }
 
 /// A kernel that serves one problem on one device.
@@ -72,6 +82,14 @@ pub enum BackendError {
     /// The problem cannot be served.
     #[error("cannot serve the problem: {}", join(.0))]
     Declined(Vec<Decline>),
+    /// A backend broke its own contract: it panicked, lied in its capabilities, or answered with a plan of another batch.
+    #[error("attention backend '{backend}' is at fault: {what}")]
+    Plugin {
+        /// The backend's name.
+        backend: &'static str,
+        /// What it did.
+        what: String,
+    },
     /// The device failed.
     #[error(transparent)]
     Device(#[from] DeviceError),

@@ -233,6 +233,13 @@ impl Capabilities {
         self
     }
 
+    /// Reads these cache layouts, in order of preference. Without it, the first of [`KvLayout::of`] each kind served.
+    #[must_use]
+    pub const fn kv_layouts(mut self, layouts: &'static [KvLayout]) -> Self {
+        self.kv_layouts = layouts;
+        self
+    }
+
     /// Serves these formats of queries and caches.
     #[must_use]
     pub const fn dtypes(mut self, dtypes: DtypeSet, kv_dtypes: KvDtypeSet) -> Self {

@@ -1,4 +1,4 @@
-use std::{fmt, str::FromStr};
+use std::{collections::BTreeMap, fmt, str::FromStr};
 
 use polyattn_device::DType;
 use serde::{
@@ -6,7 +6,7 @@ use serde::{
     de::{self, MapAccess, Unexpected, Visitor, value::MapAccessDeserializer},
 };
 
-use crate::{AttentionKind, KvDType, Policy, Window};
+use crate::{AttentionKind, KvDType, Phase, Policy, Window};
 
 /// The name of an attention backend: any case, kept in lower case. `auto` is no name.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -148,9 +148,23 @@ impl Serialize for BackendName {
 pub struct AttentionConfig {
     /// The backend; automatically selected when unset.
     pub backend: BackendChoice,
+    /// The backend in a phase, by the phase's name: it takes the place of `backend`. All phases share one cache.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub backend_per_phase: BTreeMap<Phase, BackendChoice>,
+    /// The backend of a layer kind, by the kind's name: it takes the place of `backend` and of `backend_per_phase`.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub backend_per_kind: BTreeMap<String, BackendChoice>,
     /// Whether layers that do not say otherwise are bidirectional. Belongs to this configuration alone: target and
     /// draft each have their own, and nothing derives it from the speculative method.
     pub use_non_causal: bool,
+}
+
+impl AttentionConfig {
+    /// The choice for a layer kind in a phase: the kind's own, otherwise the phase's, otherwise [`backend`](Self::backend).
+    #[must_use]
+    pub fn choice(&self, layer: &str, phase: Phase) -> &BackendChoice {
+        self.backend_per_kind.get(layer).or_else(|| self.backend_per_phase.get(&phase)).unwrap_or(&self.backend)
+    }
 }
 
 /// Other kernels.
@@ -354,6 +368,10 @@ pub struct SpeculativeConfig {
     /// The draft's attention backend; automatically selected when unset, whatever the target's is.
     #[serde(deserialize_with = "optional_name")]
     pub attention_backend: Option<BackendName>,
+    /// The draft's attention backend for a layer kind of the draft, by the kind's name: it takes the place of
+    /// `attention_backend`.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub attention_backend_per_kind: BTreeMap<String, BackendChoice>,
     /// The draft's mixture-of-experts backend; the target's when unset.
     #[serde(deserialize_with = "optional_moe_name")]
     pub moe_backend: Option<String>,
@@ -393,6 +411,10 @@ pub struct EngineConfig {
     /// Other kernels.
     #[serde(default)]
     pub kernel: KernelConfig,
+    /// Configurations of backends, by name: each is read by its backend, as a type of its own. They hold for target and
+    /// draft alike.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub backend_config: BTreeMap<String, serde_json::Value>,
     /// Speculative decoding; absent for plain decoding, and in a draft configuration.
     #[serde(default)]
     pub speculative: Option<SpeculativeConfig>,
@@ -422,6 +444,7 @@ pub fn default_draft_config(target: &EngineConfig) -> EngineConfig {
     draft.attention = AttentionConfig::default();
     if let Some(speculative) = draft.speculative.take() {
         draft.attention.backend = speculative.attention_backend.into();
+        draft.attention.backend_per_kind = speculative.attention_backend_per_kind;
         if speculative.moe_backend.is_some() {
             draft.kernel.moe_backend = speculative.moe_backend;
         }

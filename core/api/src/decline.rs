@@ -68,6 +68,8 @@ pub enum Decline {
     },
     /// A rule of the backend's own: the thing that is not supported.
     Other(Cow<'static, str>),
+    /// The backend panicked while it was asked; what it said.
+    Panicked(Cow<'static, str>),
 }
 
 impl fmt::Display for Decline {
@@ -102,6 +104,7 @@ impl fmt::Display for Decline {
                 write!(f, "needs {needed} bytes of workgroup memory, the device has {available}")
             }
             Self::Other(thing) => write!(f, "{thing} not supported"),
+            Self::Panicked(message) => write!(f, "panicked when asked: {message}"),
         }
     }
 }

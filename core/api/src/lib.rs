@@ -17,6 +17,8 @@ mod batch;
 mod capabilities;
 mod config;
 mod decline;
+mod guard;
+mod layout;
 mod plan;
 mod problem;
 mod proposer;
@@ -33,6 +35,7 @@ pub use config::{
     LayerKind, ModelConfig, SpeculativeConfig, WindowConfig, default_draft_config,
 };
 pub use decline::Decline;
+pub use layout::{LayoutError, Reader};
 pub use plan::{BATCH_WGSL, Plan, PlanPool};
 pub use polyattn_device::{
     self as device, Buffer, BufferSlice, Commands, DType, Device, DeviceError, DeviceFacts, DeviceKind,
@@ -43,8 +46,8 @@ pub use proposer::{
     ProposerError, ProposerRequirements, TapSpec, TargetFacts, TargetServices,
 };
 pub use registry::{
-    BackendEntry, Origin, ProposerEntry, RegisteredBackend, RegisteredProposer, Registry, RegistryBuilder,
-    RegistryError,
+    BackendEntry, INTERFACE_VERSION, Origin, ProposerEntry, RegisteredBackend, RegisteredProposer, Registry,
+    RegistryBuilder, RegistryError,
 };
 pub use resolve::{Resolution, ResolveError, ResolvedLayer, resolve};
 pub use select::{Declined, Policy, Selection, SelectionError, select};

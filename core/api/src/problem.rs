@@ -15,7 +15,7 @@ pub enum Role {
 
 /// What a pass is for. It says nothing of the mask; it lets a backend decline, and a selector prefer, by the number
 /// of query rows to expect.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Phase {
     /// Many query rows of a prompt.
@@ -201,16 +201,28 @@ impl fmt::Display for KvDType {
 pub enum KvLayout {
     /// Keys `[pages, page_size, kv_heads, head_dim]` and values `[pages, page_size, kv_heads, value_dim]`, apart.
     PageTokenHead,
+    /// Keys `[pages, kv_heads, page_size, head_dim]` and values `[pages, kv_heads, page_size, value_dim]`, apart.
+    PageHeadToken,
     /// `[pages, page_size, latent_dim + rope_dim]`.
     PageTokenLatent,
 }
 
 impl KvLayout {
+    /// The layouts that a cache of this kind of attention can have.
+    #[must_use]
+    pub const fn of(kind: AttentionKind) -> &'static [Self] {
+        match kind {
+            AttentionKind::Gqa { .. } => &[Self::PageTokenHead, Self::PageHeadToken],
+            AttentionKind::Mla { .. } => &[Self::PageTokenLatent],
+        }
+    }
+
     /// Its name in answers.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
             Self::PageTokenHead => "page-token-head",
+            Self::PageHeadToken => "page-head-token",
             Self::PageTokenLatent => "page-token-latent",
         }
     }
@@ -285,10 +297,7 @@ impl AttentionProblem {
             dtype,
             kv_dtype: dtype.into(),
             page_size: None,
-            kv_layout: match kind {
-                AttentionKind::Gqa { .. } => KvLayout::PageTokenHead,
-                AttentionKind::Mla { .. } => KvLayout::PageTokenLatent,
-            },
+            kv_layout: KvLayout::of(kind)[0],
             lse: false,
         }
     }
@@ -327,6 +336,11 @@ impl AttentionProblem {
     pub fn page_size(mut self, tokens: u32) -> Self {
         self.page_size = Some(tokens);
         self
+    }
+
+    /// Role, phase and layer, in words.
+    pub(crate) fn described(&self) -> String {
+        format!("{} {} layer '{}'", self.role, self.phase, self.layer)
     }
 }
 

@@ -17,6 +17,8 @@ pub struct ProposerRequirements {
     pub draft_attention: bool,
     /// That this attention be bidirectional, in some layer at least.
     pub non_causal: bool,
+    /// That its attention read the target's cache, so that both agree on its layout.
+    pub shared_kv: bool,
     /// That its vocabulary be the target's.
     pub target_vocabulary: bool,
 }
@@ -25,7 +27,14 @@ impl ProposerRequirements {
     /// Needs nothing but the tokens so far.
     #[must_use]
     pub const fn none() -> Self {
-        Self { taps: false, checkpoint: false, draft_attention: false, non_causal: false, target_vocabulary: true }
+        Self {
+            taps: false,
+            checkpoint: false,
+            draft_attention: false,
+            non_causal: false,
+            shared_kv: false,
+            target_vocabulary: true,
+        }
     }
 
     /// Needs hidden states of the target.
@@ -53,6 +62,13 @@ impl ProposerRequirements {
     #[must_use]
     pub const fn non_causal(mut self) -> Self {
         self.non_causal = true;
+        self
+    }
+
+    /// Reads the target's cache.
+    #[must_use]
+    pub const fn shared_kv(mut self) -> Self {
+        self.shared_kv = true;
         self
     }
 }

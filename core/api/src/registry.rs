@@ -1,4 +1,5 @@
 use std::{
+    collections::BTreeMap,
     fmt,
     sync::{Arc, OnceLock},
 };
@@ -6,7 +7,7 @@ use std::{
 use parking_lot::RwLock;
 use serde::Serialize;
 
-use crate::{AttentionBackend, Proposer};
+use crate::{AttentionBackend, ConfigError, Proposer, SelectionError, guard::contained};
 
 /// Where a plugin comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -24,22 +25,32 @@ impl fmt::Display for Origin {
     }
 }
 
-/// What [`register_backend!`](crate::register_backend) submits: const data and a constructor.
+/// The version of the interface between plugins and this crate. Within one major version of the crate it rises when a
+/// plugin that was built for an older one could misbehave; two major versions in one program are refused by Cargo, since
+/// this crate declares `links`.
+pub const INTERFACE_VERSION: u32 = 1;
+
+/// What [`register_backend!`](crate::register_backend) submits: const data and a constructor. Made by
+/// [`backend_entry!`](crate::backend_entry).
 #[derive(Clone, Copy, Debug)]
 pub struct BackendEntry {
     /// Where it comes from.
     pub origin: Origin,
+    /// The [`INTERFACE_VERSION`] it was built for.
+    pub interface: u32,
     /// Automatic selection takes the highest first.
     pub priority: i32,
     /// Makes the descriptor.
     pub make: fn() -> Arc<dyn AttentionBackend>,
 }
 
-/// What [`register_proposer!`](crate::register_proposer) submits.
+/// What [`register_proposer!`](crate::register_proposer) submits. Made by [`proposer_entry!`](crate::proposer_entry).
 #[derive(Clone, Copy, Debug)]
 pub struct ProposerEntry {
     /// Where it comes from.
     pub origin: Origin,
+    /// The [`INTERFACE_VERSION`] it was built for.
+    pub interface: u32,
     /// Makes the descriptor.
     pub make: fn() -> Arc<dyn Proposer>,
 }
@@ -53,6 +64,7 @@ macro_rules! backend_entry {
     ($backend:ty, priority = $priority:expr) => {
         $crate::BackendEntry {
             origin: $crate::Origin { crate_name: env!("CARGO_PKG_NAME"), version: env!("CARGO_PKG_VERSION") },
+            interface: $crate::INTERFACE_VERSION,
             priority: $priority,
             make: || ::std::sync::Arc::new(<$backend as ::std::default::Default>::default()),
         }
@@ -75,6 +87,7 @@ macro_rules! proposer_entry {
     ($proposer:ty) => {
         $crate::ProposerEntry {
             origin: $crate::Origin { crate_name: env!("CARGO_PKG_NAME"), version: env!("CARGO_PKG_VERSION") },
+            interface: $crate::INTERFACE_VERSION,
             make: || ::std::sync::Arc::new(<$proposer as ::std::default::Default>::default()),
         }
     };
@@ -145,6 +158,29 @@ pub enum RegistryError {
         origin: Origin,
         /// What is wrong with it.
         reason: &'static str,
+    },
+    /// Built for another version of the interface.
+    #[error(
+        "crate {origin} registers a {kind} for version {found} of the plugin interface, this program has version \
+         {INTERFACE_VERSION}: build both against one version of polyattn-api"
+    )]
+    Interface {
+        /// `attention backend` or `proposer`.
+        kind: &'static str,
+        /// Where it comes from.
+        origin: Origin,
+        /// The version it was built for.
+        found: u32,
+    },
+    /// A plugin that panics when its descriptor is made.
+    #[error("crate {origin} registers a {kind} that panics when it is made: {message}")]
+    Panicked {
+        /// `attention backend` or `proposer`.
+        kind: &'static str,
+        /// Where it comes from.
+        origin: Origin,
+        /// What it said.
+        message: String,
     },
     /// No backend registered.
     #[error(
@@ -228,16 +264,43 @@ impl Registry {
         one_line(&self.proposers().iter().map(|entry| entry.proposer.name()).collect::<Vec<_>>())
     }
 
+    /// The same plugins, those backends configured that `config` names (`backend_config` of a configuration).
+    ///
+    /// # Errors
+    /// A name that nobody registered, or a configuration that its backend refuses.
+    pub fn configured(&self, config: &BTreeMap<String, serde_json::Value>) -> Result<Self, ConfigError> {
+        let fail = |name: &str, message: String| ConfigError { field: format!("backend_config.{name}"), message };
+        let mut backends = self.backends().to_vec();
+        for (name, value) in config {
+            let entry = backends.iter_mut().find(|entry| entry.name().eq_ignore_ascii_case(name)).ok_or_else(|| {
+                let registered = self.backend_names();
+                fail(name, SelectionError::Unknown { name: name.clone(), registered }.to_string())
+            })?;
+            let configured = contained(|| entry.backend.configured(value))
+                .unwrap_or_else(|message| Err(format!("the backend panicked: {message}")))
+                .map_err(|message| fail(name, message))?;
+            if configured.name() != entry.name() {
+                let message = format!("the backend answers with another one, '{}'", configured.name());
+                return Err(fail(name, message));
+            }
+            entry.backend = configured;
+        }
+        Ok(Self { backends: RwLock::new(backends.into()), proposers: RwLock::new(self.proposers()) })
+    }
+
     /// Adds a backend at run time.
     ///
     /// # Errors
     /// Its name is taken or cannot be selected.
     pub fn register_backend(&self, entry: BackendEntry) -> Result<(), RegistryError> {
-        let backend = RegisteredBackend { origin: entry.origin, priority: entry.priority, backend: (entry.make)() };
-        check_name("attention backend", backend.name(), entry.origin)?;
+        const KIND: &str = "attention backend";
+        check_interface(KIND, entry.interface, entry.origin)?;
+        let backend = make(KIND, entry.make, entry.origin)?;
+        let backend = RegisteredBackend { origin: entry.origin, priority: entry.priority, backend };
+        check_name(KIND, backend.name(), entry.origin)?;
         let mut backends = self.backends.write();
         if let Some(other) = backends.iter().find(|other| other.name() == backend.name()) {
-            return Err(duplicate("attention backend", backend.name(), other.origin, entry.origin));
+            return Err(duplicate(KIND, backend.name(), other.origin, entry.origin));
         }
         let mut all: Vec<_> = backends.iter().cloned().chain([backend]).collect();
         all.sort_by(|a, b| b.priority.cmp(&a.priority).then_with(|| a.name().cmp(b.name())));
@@ -250,18 +313,28 @@ impl Registry {
     /// # Errors
     /// Its name is taken or cannot be selected.
     pub fn register_proposer(&self, entry: ProposerEntry) -> Result<(), RegistryError> {
-        let proposer = RegisteredProposer { origin: entry.origin, proposer: (entry.make)() };
+        const KIND: &str = "proposer";
+        check_interface(KIND, entry.interface, entry.origin)?;
+        let proposer = RegisteredProposer { origin: entry.origin, proposer: make(KIND, entry.make, entry.origin)? };
         let name = proposer.proposer.name();
-        check_name("proposer", name, entry.origin)?;
+        check_name(KIND, name, entry.origin)?;
         let mut proposers = self.proposers.write();
         if let Some(other) = proposers.iter().find(|other| other.proposer.name() == name) {
-            return Err(duplicate("proposer", name, other.origin, entry.origin));
+            return Err(duplicate(KIND, name, other.origin, entry.origin));
         }
         let mut all: Vec<_> = proposers.iter().cloned().chain([proposer]).collect();
         all.sort_by(|a, b| a.proposer.name().cmp(b.proposer.name()));
         *proposers = all.into();
         Ok(())
     }
+}
+
+fn check_interface(kind: &'static str, found: u32, origin: Origin) -> Result<(), RegistryError> {
+    if found == INTERFACE_VERSION { Ok(()) } else { Err(RegistryError::Interface { kind, origin, found }) }
+}
+
+fn make<T: ?Sized>(kind: &'static str, make: fn() -> Arc<T>, origin: Origin) -> Result<Arc<T>, RegistryError> {
+    contained(make).map_err(|message| RegistryError::Panicked { kind, origin, message })
 }
 
 fn one_line(names: &[&str]) -> String {

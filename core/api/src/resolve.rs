@@ -4,8 +4,11 @@ use polyattn_device::DeviceFacts;
 use serde::{Serialize, Serializer, ser::SerializeStruct};
 
 use crate::{
-    AttentionProblem, BackendName, ConfigError, Declined, EngineConfig, KvLayout, Mask, ModelConfig, Phase, Policy,
-    RegisteredBackend, RegisteredProposer, Registry, Role, SelectionError, Window, WindowConfig, select,
+    AttentionProblem, BackendChoice, ConfigError, Declined, EngineConfig, KvLayout, Mask, ModelConfig, Phase, Policy,
+    RegisteredBackend, RegisteredProposer, Registry, Role, SelectionError, SpeculativeConfig, Window, WindowConfig,
+    backend::join,
+    guard::contained,
+    layout::{self, LayoutError, Reader, Wish},
 };
 
 /// Who serves one layer kind in one phase.
@@ -26,6 +29,22 @@ impl ResolvedLayer {
     #[must_use]
     pub fn use_non_causal(&self) -> bool {
         self.problem.mask == Mask::Bidirectional
+    }
+
+    /// The logs carry what `polyattn select` prints.
+    fn log(&self) {
+        let AttentionProblem { role, phase, layer, kv_layout, .. } = &self.problem;
+        let (layer, kv_layout) = (&**layer, kv_layout.name());
+        let (backend, policy) = (self.backend.name(), self.policy);
+        tracing::info!(%role, %phase, layer, backend, policy, kv_layout, "attention backend selected");
+        for Declined { backend, reasons } in &self.declined {
+            if reasons.is_empty() {
+                tracing::debug!(%role, %phase, layer, backend, "attention backend outranked");
+            } else {
+                let reasons = join(reasons);
+                tracing::debug!(%role, %phase, layer, backend, reasons, "attention backend declined");
+            }
+        }
     }
 }
 
@@ -75,16 +94,36 @@ struct DraftConfigAnswer<'a> {
 
 #[derive(Serialize)]
 struct LayoutAnswer {
-    target: Option<KvLayout>,
-    draft: Option<KvLayout>,
+    target: Option<LayoutNames>,
+    draft: Option<LayoutNames>,
     shared: Option<bool>,
+}
+
+/// One name, or a list where layer kinds differ.
+#[derive(PartialEq, Serialize)]
+#[serde(untagged)]
+enum LayoutNames {
+    One(KvLayout),
+    Several(Vec<KvLayout>),
+}
+
+impl LayoutNames {
+    fn of(layers: &[ResolvedLayer]) -> Option<Self> {
+        let mut names: Vec<_> = layers.iter().map(|layer| layer.problem.kv_layout).collect();
+        names.dedup();
+        match names[..] {
+            [] => None,
+            [one] => Some(Self::One(one)),
+            _ => Some(Self::Several(names)),
+        }
+    }
 }
 
 impl Serialize for Resolution {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let layout = |layers: &[ResolvedLayer]| layers.first().map(|layer| layer.problem.kv_layout);
-        let (target, draft) = (layout(&self.target), layout(&self.draft));
-        let one = self.target.iter().chain(&self.draft).all(|layer| Some(layer.problem.kv_layout) == target);
+        let (target, draft) = (LayoutNames::of(&self.target), LayoutNames::of(&self.draft));
+        let one = matches!(target, Some(LayoutNames::One(_))) && target == draft;
+        let shared = draft.is_some().then_some(one);
         let mut out = serializer.serialize_struct("Resolution", 4)?;
         out.serialize_field("target", &self.target)?;
         out.serialize_field("draft", &self.draft)?;
@@ -95,7 +134,7 @@ impl Serialize for Resolution {
                 .as_ref()
                 .map(|config| DraftConfigAnswer { attention: &config.attention, kernel: &config.kernel }),
         )?;
-        out.serialize_field("kv_layout", &LayoutAnswer { target, draft, shared: draft.map(|_| one) })?;
+        out.serialize_field("kv_layout", &LayoutAnswer { target, draft, shared })?;
         out.end()
     }
 }
@@ -110,28 +149,41 @@ pub enum ResolveError {
     /// Nobody serves one of its problems.
     #[error(transparent)]
     Selection(#[from] SelectionError),
+    /// Those who share a cache read no common layout.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
 }
 
-/// Chooses a backend for each role, phase and layer kind of `config`. A pure function of its arguments.
+/// Chooses a backend for each role, phase and layer kind of `config`, and the layout of each cache. A pure function of
+/// its arguments.
+///
+/// The phases of a layer kind share one cache, so their backends must read one layout; a proposer that reads the
+/// target's cache shares it too ([`ProposerRequirements::shared_kv`](crate::ProposerRequirements)). Any other draft
+/// takes the target's layout where that costs it no better backend.
 ///
 /// # Errors
-/// A configuration that contradicts itself, an unknown proposer or backend, or a problem that nobody serves.
+/// A configuration that contradicts itself, an unknown proposer or backend, a problem that nobody serves, or a cache
+/// that its readers cannot agree on.
 pub fn resolve(config: &EngineConfig, device: &DeviceFacts, registry: &Registry) -> Result<Resolution, ResolveError> {
+    let configured;
+    let registry = if config.backend_config.is_empty() {
+        registry
+    } else {
+        configured = registry.configured(&config.backend_config)?;
+        &configured
+    };
     let target_phases: &[Phase] = match config.speculative {
         Some(_) => &[Phase::Prefill, Phase::Decode, Phase::Verify],
         None => &[Phase::Prefill, Phase::Decode],
     };
-    if let Policy::Prefer(name) | Policy::Require(name) = config.attention.backend.policy() {
-        check_name("attention.backend", &name, registry)?;
-    }
-    if let Some(name) = config.speculative.as_ref().and_then(|speculative| speculative.attention_backend.as_ref()) {
-        // Checked even where the proposer runs no attention: a name that is not there is never ignored.
-        check_name("speculative.attention_backend", name, registry)?;
-    }
-    let target = resolve_model("target", config, Role::Target, target_phases, device, registry)?;
-    let mut resolution = Resolution { target, draft: Vec::new(), draft_config: None, proposer: None };
-    let Some(speculative) = &config.speculative else { return Ok(resolution) };
+    check_target_names(config, registry)?;
+    let target = Model { path: "target", role: Role::Target, phases: target_phases, config, device, registry };
+    let Some(speculative) = &config.speculative else {
+        let target = target.resolve(None)?;
+        return Ok(Resolution { target, draft: Vec::new(), draft_config: None, proposer: None });
+    };
 
+    check_draft_names(speculative, registry)?;
     let fail = |field: &str, message: String| ConfigError { field: format!("speculative.{field}"), message };
     let proposer = registry.proposer(&speculative.method).ok_or_else(|| {
         let names = registry.proposer_names();
@@ -140,73 +192,141 @@ pub fn resolve(config: &EngineConfig, device: &DeviceFacts, registry: &Registry)
     if speculative.num_speculative_tokens == Some(0) {
         return Err(fail("num_speculative_tokens", "0 tokens cannot be drafted, at least 1".into()).into());
     }
-    let requirements = *proposer.proposer.requirements();
-    let draft_config = proposer.proposer.draft_config(config);
+    let name = proposer.proposer.name();
+    let (requirements, draft_config) =
+        contained(|| (*proposer.proposer.requirements(), proposer.proposer.draft_config(config)))
+            .map_err(|message| fail("method", format!("proposer '{name}' panicked when asked: {message}")))?;
     if requirements.draft_attention && speculative.draft.is_none() {
-        let message = format!("missing, proposer '{}' runs attention of its own", proposer.proposer.name());
-        return Err(fail("draft", message).into());
+        return Err(fail("draft", format!("missing, proposer '{name}' runs attention of its own")).into());
     }
     // Per layer or for all layers, but it must be asked for: without, a causal backend would be chosen in silence.
     let asks = draft_config.attention.use_non_causal
         || draft_config.model.layers.iter().any(|layer| layer.causal == Some(false));
     if requirements.non_causal && !asks {
-        let message = format!(
-            "proposer '{}' requires non-causal attention, but its draft_config does not ask for it",
-            proposer.proposer.name()
-        );
+        let message =
+            format!("proposer '{name}' requires non-causal attention, but its draft_config does not ask for it");
         return Err(fail("method", message).into());
     }
-    if requirements.draft_attention {
-        resolution.draft =
-            resolve_model("speculative.draft", &draft_config, Role::Draft, &[Phase::Draft], device, registry)?;
-    }
-    resolution.draft_config = Some(draft_config);
-    resolution.proposer = Some(proposer);
-    Ok(resolution)
+
+    let (target, draft) = if requirements.draft_attention {
+        let (path, role, phases) = ("speculative.draft", Role::Draft, &[Phase::Draft]);
+        let draft = Model { path, role, phases, config: &draft_config, device, registry };
+        if requirements.shared_kv { shared(&target, &draft)? } else { apart(&target, &draft)? }
+    } else {
+        (target.resolve(None)?, Vec::new())
+    };
+    Ok(Resolution { target, draft, draft_config: Some(draft_config), proposer: Some(proposer) })
 }
 
-fn resolve_model(
-    path: &str,
-    config: &EngineConfig,
-    role: Role,
-    phases: &[Phase],
-    device: &DeviceFacts,
-    registry: &Registry,
-) -> Result<Vec<ResolvedLayer>, ResolveError> {
-    let policy = config.attention.backend.policy();
-    let mut resolved = Vec::new();
-    for base in problems(path, &config.model, config)? {
-        for phase in phases {
-            let problem = base.clone().serving(role, *phase);
-            let selection = select(&problem, device, registry, &policy)?;
-            tracing::info!(
-                %role, %phase, layer = &*problem.layer, backend = selection.backend.name(), policy = policy.name(),
-                "attention backend selected"
-            );
-            resolved.push(ResolvedLayer {
-                problem,
-                backend: selection.backend,
-                policy: policy.name(),
-                declined: selection.declined,
-            });
+/// Each role with a cache of its own.
+fn apart(target: &Model<'_>, draft: &Model<'_>) -> Result<(Vec<ResolvedLayer>, Vec<ResolvedLayer>), ResolveError> {
+    let target = target.resolve(None)?;
+    let wish = target.first().map(|layer| layer.problem.kv_layout);
+    let draft = draft.resolve(wish.map(Wish::Prefer))?;
+    Ok((target, draft))
+}
+
+/// One cache for both roles, so one layout.
+fn shared(target: &Model<'_>, draft: &Model<'_>) -> Result<(Vec<ResolvedLayer>, Vec<ResolvedLayer>), ResolveError> {
+    let free = (target.resolve(None)?, draft.resolve(None)?);
+    let one = |layers: &[ResolvedLayer]| layers.first().map(|layer| layer.problem.kv_layout);
+    let wanted = one(&free.0).into_iter().chain(one(&free.1));
+    for layout in wanted.chain(free.0.iter().flat_map(|layer| KvLayout::of(layer.problem.kind)).copied()) {
+        let wish = Some(Wish::Require(layout));
+        if let (Ok(target), Ok(draft)) = (target.resolve(wish), draft.resolve(wish)) {
+            return Ok((target, draft));
         }
     }
-    Ok(resolved)
+    let readers = free.0.iter().chain(&free.1).map(Reader::of).collect();
+    Err(LayoutError { cache: "that target and draft share".into(), readers }.into())
+}
+
+/// A model to find backends for.
+struct Model<'a> {
+    /// Where the configuration has it, for messages.
+    path: &'static str,
+    role: Role,
+    phases: &'a [Phase],
+    config: &'a EngineConfig,
+    device: &'a DeviceFacts,
+    registry: &'a Registry,
+}
+
+impl Model<'_> {
+    fn resolve(&self, wish: Option<Wish>) -> Result<Vec<ResolvedLayer>, ResolveError> {
+        let bases = problems(self.path, &self.config.model, self.config)?;
+        let section = match self.role {
+            Role::Target => "attention.backend_per_kind",
+            Role::Draft => "speculative.attention_backend_per_kind",
+        };
+        for name in self.config.attention.backend_per_kind.keys() {
+            if !bases.iter().any(|base| *base.layer == **name) {
+                let kinds: Vec<_> = bases.iter().map(|base| &*base.layer).collect();
+                let message = format!("the {} has no layer kind of this name; it has: {}", self.role, kinds.join(", "));
+                return Err(ConfigError { field: format!("{section}.{name}"), message }.into());
+            }
+        }
+        let mut resolved = Vec::new();
+        for base in bases {
+            let layers: Vec<_> = self
+                .phases
+                .iter()
+                .map(|phase| {
+                    let choice = self.config.attention.choice(&base.layer, *phase);
+                    (base.clone().serving(self.role, *phase), choice.policy())
+                })
+                .collect();
+            resolved.extend(layout::agree(&layers, wish, self.device, self.registry)?);
+        }
+        for layer in &resolved {
+            layer.log();
+        }
+        Ok(resolved)
+    }
+}
+
+/// The target's choices must name backends there are, and phases it has.
+fn check_target_names(config: &EngineConfig, registry: &Registry) -> Result<(), ConfigError> {
+    let attention = &config.attention;
+    check_choice("attention.backend", &attention.backend, registry)?;
+    for (phase, choice) in &attention.backend_per_phase {
+        let field = format!("attention.backend_per_phase.{phase}");
+        if *phase == Phase::Draft {
+            let message = "the draft's backend is chosen by speculative.attention_backend".to_owned();
+            return Err(ConfigError { field, message });
+        }
+        check_choice(&field, choice, registry)?;
+    }
+    for (kind, choice) in &attention.backend_per_kind {
+        check_choice(&format!("attention.backend_per_kind.{kind}"), choice, registry)?;
+    }
+    Ok(())
+}
+
+/// Checked even where the proposer runs no attention: a name that is not there is never ignored.
+fn check_draft_names(speculative: &SpeculativeConfig, registry: &Registry) -> Result<(), ConfigError> {
+    let choice = BackendChoice::from(speculative.attention_backend.clone());
+    check_choice("speculative.attention_backend", &choice, registry)?;
+    for (kind, choice) in &speculative.attention_backend_per_kind {
+        check_choice(&format!("speculative.attention_backend_per_kind.{kind}"), choice, registry)?;
+    }
+    Ok(())
+}
+
+/// A name that was asked for must be there, and the message must say which field asked.
+fn check_choice(field: &str, choice: &BackendChoice, registry: &Registry) -> Result<(), ConfigError> {
+    let (Policy::Prefer(name) | Policy::Require(name)) = choice.policy() else { return Ok(()) };
+    if registry.backend(name.as_str()).is_some() {
+        return Ok(());
+    }
+    let unknown = SelectionError::Unknown { name: name.to_string(), registered: registry.backend_names() };
+    Err(ConfigError { field: field.to_owned(), message: unknown.to_string() })
 }
 
 /// Whether a window takes keys away. One that is unbounded asks nothing of a backend, nor does one that is open to the
 /// left and stops in a causal layer's future.
 fn narrows(window: Window, causal: bool) -> bool {
     window.left.is_some() || (window.right.is_some() && !causal)
-}
-
-/// A name that was asked for must be there, and the message must say which field asked.
-fn check_name(field: &str, name: &BackendName, registry: &Registry) -> Result<(), ConfigError> {
-    if registry.backend(name.as_str()).is_some() {
-        return Ok(());
-    }
-    let unknown = SelectionError::Unknown { name: name.to_string(), registered: registry.backend_names() };
-    Err(ConfigError { field: field.to_owned(), message: unknown.to_string() })
 }
 
 /// The problem of each layer kind of a model under a configuration.

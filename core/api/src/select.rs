@@ -44,6 +44,8 @@ pub struct Selection {
     pub backend: RegisteredBackend,
     /// All others, in the registry's order.
     pub declined: Vec<Declined>,
+    /// Its place in the registry's order.
+    pub(crate) rank: usize,
 }
 
 /// Why nobody serves a problem.
@@ -106,13 +108,13 @@ pub fn select(
             })?)
         }
     };
-    let reasons: Vec<_> = backends.iter().map(|entry| entry.backend.declines(problem, device)).collect();
+    let reasons: Vec<_> = backends.iter().map(|entry| entry.declines(problem, device)).collect();
     let able = |place: &usize| reasons[*place].is_empty();
     let chosen = match (policy, named) {
         (Policy::Require(_), Some(place)) if !able(&place) => {
             return Err(SelectionError::Required {
                 backend: backends[place].name().to_owned(),
-                problem: describe(problem),
+                problem: problem.described(),
                 reasons: reasons.into_iter().nth(place).unwrap_or_default(),
             });
         }
@@ -128,11 +130,7 @@ pub fn select(
             .collect()
     };
     match chosen {
-        Some(place) => Ok(Selection { backend: backends[place].clone(), declined: declined(Some(place)) }),
-        None => Err(SelectionError::Nobody { problem: describe(problem), declined: declined(None) }),
+        Some(place) => Ok(Selection { backend: backends[place].clone(), declined: declined(Some(place)), rank: place }),
+        None => Err(SelectionError::Nobody { problem: problem.described(), declined: declined(None) }),
     }
-}
-
-fn describe(problem: &AttentionProblem) -> String {
-    format!("{} {} layer '{}'", problem.role, problem.phase, problem.layer)
 }

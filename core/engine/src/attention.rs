@@ -65,7 +65,7 @@ impl Kernels {
     ) -> Result<(), EngineError> {
         for layer in layers {
             let problem = layer.problem.clone().page_size(page_size);
-            let kernel = layer.backend.backend.prepare(device, &problem)?;
+            let kernel = layer.backend.prepare(device, &problem)?;
             self.served.push(Arc::new(Served {
                 kernel,
                 backend: layer.backend.name(),

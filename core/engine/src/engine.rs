@@ -1,4 +1,5 @@
 use std::{
+    collections::BTreeMap,
     ops::ControlFlow,
     path::PathBuf,
     sync::Arc,
@@ -6,9 +7,9 @@ use std::{
 };
 
 use polyattn_api::{
-    AttentionConfig, AttentionKernel, BackendName, CommittedRows, DraftAttention, DraftSequence, Drafter, EngineConfig,
-    KernelConfig, KvCacheConfig, LayerConfig, LoadContext, ModelConfig, Outcome, Phase, Proposal, ProposeContext,
-    Registry, Resolution, Role, SpeculativeConfig, TargetFacts, WindowConfig, resolve,
+    AttentionConfig, AttentionKernel, BackendChoice, BackendName, CommittedRows, DraftAttention, DraftSequence,
+    Drafter, EngineConfig, KernelConfig, KvCacheConfig, LayerConfig, LoadContext, ModelConfig, Outcome, Phase,
+    Proposal, ProposeContext, Registry, Resolution, Role, SpeculativeConfig, TargetFacts, WindowConfig, resolve,
 };
 use polyattn_device::{Commands, DType, Device, Readback};
 use polyattn_nn::{
@@ -40,6 +41,8 @@ pub struct EngineOptions {
     pub attention: AttentionConfig,
     /// Other kernels.
     pub kernel: KernelConfig,
+    /// Configurations of backends, by name; each is read by its backend.
+    pub backend_config: BTreeMap<String, serde_json::Value>,
     /// Tokens a sequence can grow to; the model's context at the most, and 8,192 where unset.
     pub context: Option<u32>,
     /// Prompt tokens of one pass.
@@ -57,6 +60,7 @@ impl Default for EngineOptions {
         Self {
             attention: AttentionConfig::default(),
             kernel: KernelConfig::default(),
+            backend_config: BTreeMap::new(),
             context: None,
             prefill_chunk: 512,
             page_size: 16,
@@ -89,6 +93,8 @@ pub struct SpeculativeOptions {
     pub method: String,
     /// The draft's attention backend; automatically selected when unset.
     pub attention_backend: Option<BackendName>,
+    /// The draft's attention backend for a layer kind of the draft, by the kind's name.
+    pub attention_backend_per_kind: BTreeMap<String, BackendChoice>,
     /// The draft's mixture-of-experts backend; the target's when unset.
     pub moe_backend: Option<String>,
     /// Tokens verified a step; the proposer's own default when unset.
@@ -187,10 +193,12 @@ impl Engine {
             kv_cache: KvCacheConfig { dtype: None, page_size: Some(options.page_size) },
             attention: options.attention.clone(),
             kernel: options.kernel.clone(),
+            backend_config: options.backend_config.clone(),
             speculative: speculative.map(|speculative| SpeculativeConfig {
                 method: speculative.method.clone(),
                 num_speculative_tokens: speculative.num_speculative_tokens,
                 attention_backend: speculative.attention_backend.clone(),
+                attention_backend_per_kind: speculative.attention_backend_per_kind.clone(),
                 moe_backend: speculative.moe_backend.clone(),
                 draft,
             }),

@@ -112,7 +112,7 @@ fn check_on(device: &Device, case: &str, target_layers: u32, tolerance: f32) {
         .iter()
         .map(|layer| {
             assert_eq!((layer.problem.role, layer.problem.phase), (Role::Draft, Phase::Draft));
-            let kernel = layer.backend.backend.prepare(device, &layer.problem).unwrap();
+            let kernel = layer.backend.prepare(device, &layer.problem).unwrap();
             DraftAttention { layer: Arc::clone(&layer.problem.layer), kernel }
         })
         .collect();

@@ -245,6 +245,7 @@ pub(crate) fn engine(layers: Vec<LayerConfig>) -> EngineConfig {
         kv_cache: KvCacheConfig::default(),
         attention: AttentionConfig::default(),
         kernel: KernelConfig::default(),
+        backend_config: Default::default(),
         speculative: None,
     }
 }

@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use polyattn_api::{
     AttentionBackend, AttentionKernel, AttentionProblem, BackendEntry, BackendError, Capabilities, Device, Drafter,
-    LoadContext, Origin, Proposer, ProposerEntry, ProposerError, ProposerRequirements, Registry, RegistryError,
-    backend_entry, proposer_entry,
+    INTERFACE_VERSION, LoadContext, Origin, Proposer, ProposerEntry, ProposerError, ProposerRequirements, Registry,
+    RegistryError, backend_entry, proposer_entry,
 };
 
 use crate::mocks::{Block, Causal, Chain, Lookup, Reference, Wide, registry};
@@ -75,7 +75,8 @@ fn an_entry_knows_its_crate() {
 
 #[test]
 fn duplicates_are_named_with_both_origins() {
-    let entry = |origin| BackendEntry { origin, priority: 0, make: || Arc::new(Called("twin")) };
+    let entry =
+        |origin| BackendEntry { origin, interface: INTERFACE_VERSION, priority: 0, make: || Arc::new(Called("twin")) };
     let (first, second) = (origin("abacus", "1.2.3"), origin("zebra", "0.9.0"));
     for (a, b) in [(first, second), (second, first)] {
         let error = Registry::builder().backend(entry(a)).backend(entry(b)).build().expect_err("refused");
@@ -87,7 +88,7 @@ fn duplicates_are_named_with_both_origins() {
         );
     }
 
-    let entry = |origin| ProposerEntry { origin, make: || Arc::new(Called("twin")) };
+    let entry = |origin| ProposerEntry { origin, interface: INTERFACE_VERSION, make: || Arc::new(Called("twin")) };
     let error = Registry::builder().proposer(entry(second)).proposer(entry(first)).build().expect_err("refused");
     assert_eq!(
         error.to_string(),
@@ -95,7 +96,12 @@ fn duplicates_are_named_with_both_origins() {
     );
     // A backend and a proposer of one name do not get in each other's way.
     let both = Registry::builder()
-        .backend(BackendEntry { origin: first, priority: 0, make: || Arc::new(Called("twin")) })
+        .backend(BackendEntry {
+            origin: first,
+            interface: INTERFACE_VERSION,
+            priority: 0,
+            make: || Arc::new(Called("twin")),
+        })
         .proposer(entry(second));
     assert!(both.build().is_ok());
 }
@@ -103,7 +109,9 @@ fn duplicates_are_named_with_both_origins() {
 #[test]
 fn names_that_cannot_be_selected_are_refused() {
     fn backend(make: fn() -> Arc<dyn AttentionBackend>) -> Result<Registry, RegistryError> {
-        Registry::builder().backend(BackendEntry { origin: origin("odd", "0.1.0"), priority: 0, make }).build()
+        Registry::builder()
+            .backend(BackendEntry { origin: origin("odd", "0.1.0"), interface: INTERFACE_VERSION, priority: 0, make })
+            .build()
     }
     let refused = |made: Result<Registry, RegistryError>| made.expect_err("refused").to_string();
     assert!(refused(backend(|| Arc::new(Called("")))).contains("crate odd 0.1.0"));
@@ -127,7 +135,11 @@ fn names_that_cannot_be_selected_are_refused() {
     }
     assert!(backend(|| Arc::new(Called("flash-2_b"))).is_ok());
     let error = Registry::builder()
-        .proposer(ProposerEntry { origin: origin("odd", "0.1.0"), make: || Arc::new(Called("none")) })
+        .proposer(ProposerEntry {
+            origin: origin("odd", "0.1.0"),
+            interface: INTERFACE_VERSION,
+            make: || Arc::new(Called("none")),
+        })
         .build()
         .expect_err("refused");
     assert!(error.to_string().contains("proposer called 'none'"), "{error}");

@@ -154,8 +154,9 @@ pub(crate) fn run(args: Args, context: &Context) -> Ended {
         let mut setup = EngineOptions::default()
             .with_context(u32::try_from(room).unwrap_or(u32::MAX))
             .with_speculative(model.speculative(&choice)?);
-        let backend = args.model.attention_backend.as_deref().and_then(polyattn::api::BackendName::parse);
-        setup.attention.backend = backend.into();
+        let attention = args.model.attention()?;
+        setup.attention = attention.attention;
+        setup.backend_config = attention.backend_config;
         let mut engine = model.engine(&device, &setup)?;
         answer.weight_bytes = engine.weight_bytes();
         let widths: Vec<Option<u32>> = match (engine.proposer(), args.num_speculative_tokens.as_slice()) {

@@ -9,7 +9,7 @@ use std::{
 };
 
 use polyattn::{
-    api::{BackendName, EngineConfig, ModelConfig},
+    api::{EngineConfig, ModelConfig},
     engine::{Acceptance, Backends, Engine, EngineOptions, Generation, RecordOptions, Request, Sampling, StopReason},
     nn::load::{ChatMessage, Detokenizer},
 };
@@ -17,7 +17,7 @@ use serde::Serialize;
 
 use super::{
     load::Model,
-    options::{ModelArgs, SpeculativeArgs, SpeculativeChoice},
+    options::{AttentionOptions, ModelArgs, SpeculativeArgs, SpeculativeChoice},
 };
 use crate::{
     failure::{Ended, Failure, Verdict},
@@ -90,8 +90,8 @@ pub(crate) struct GenerateOptions {
     pub(crate) offline: bool,
     /// Whether the prompt goes into the model's chat template.
     pub(crate) chat: bool,
-    /// The target's attention backend; automatically selected when unset.
-    pub(crate) attention_backend: Option<BackendName>,
+    /// Who may serve the target's attention.
+    pub(crate) attention: AttentionOptions,
     /// Speculative decoding.
     pub(crate) speculative: SpeculativeChoice,
     /// New tokens at the most; at least 1.
@@ -145,10 +145,10 @@ impl TryFrom<Args> for GenerateOptions {
         }
         Ok(Self {
             prompt: args.prompt,
+            attention: args.model.attention()?,
             model: args.model.model,
             offline: args.model.offline,
             chat: args.chat,
-            attention_backend: args.model.attention_backend.as_deref().and_then(BackendName::parse),
             speculative: args.speculative.merge()?,
             max_tokens: args.max_tokens,
             temperature: args.temperature,
@@ -182,7 +182,8 @@ pub(crate) fn run(args: Args, context: &Context) -> Ended {
     let mut setup = EngineOptions::default()
         .with_context(u32::try_from(prompt.len().saturating_add(options.max_tokens)).unwrap_or(u32::MAX))
         .with_speculative(model.speculative(&options.speculative)?);
-    setup.attention.backend = options.attention_backend.clone().into();
+    setup.attention = options.attention.attention.clone();
+    setup.backend_config = options.attention.backend_config.clone();
     setup.record = options.record.clone().map(|record| RecordOptions {
         folder: record.folder,
         layer: record.layer,
@@ -350,6 +351,8 @@ mod tests {
     use clap::Parser;
 
     use super::*;
+    use polyattn::api::BackendName;
+
     use crate::commands::options::ProposerChoice;
 
     #[derive(Debug, Parser)]
@@ -371,7 +374,7 @@ mod tests {
             model: None,
             offline: false,
             chat: false,
-            attention_backend: None,
+            attention: AttentionOptions::default(),
             speculative: SpeculativeChoice::default(),
             max_tokens: 256,
             temperature: 0.0,
@@ -419,14 +422,14 @@ mod tests {
         assert_eq!(found.prompt, "--prompt", "what follows -- is no option");
         assert_eq!(found.model.as_deref(), Some("m.gguf"));
         assert!(found.chat && found.offline);
-        assert_eq!(found.attention_backend, BackendName::parse("plain"));
+        assert_eq!(found.attention.attention.backend, BackendName::parse("plain").into());
         assert_eq!(found.speculative.proposer, ProposerChoice::Named("ngram".into()));
         assert_eq!(found.speculative.attention_backend, BackendName::parse("flash"), "the draft's alone");
         assert_eq!((found.max_tokens, found.top_k, found.seed), (12, Some(40), 7));
         assert_eq!((found.temperature, found.top_p), (0.5, 0.9));
         assert_eq!(found.record, Some(Record { folder: "calls".into(), layer: 3, step: Some(2) }));
         let auto = options(&["--attention-backend", "AUTO", "x"]).expect("good options");
-        assert_eq!(auto.attention_backend, None);
+        assert_eq!(auto.attention, AttentionOptions::default());
     }
 
     #[test]

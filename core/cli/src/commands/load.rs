@@ -105,6 +105,7 @@ impl Model {
             moe_backend: choice.moe_backend.clone(),
             num_speculative_tokens: choice.num_speculative_tokens,
             model,
+            ..SpeculativeOptions::default()
         }))
     }
 

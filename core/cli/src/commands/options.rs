@@ -1,12 +1,13 @@
 //! Options that several commands share, and how those that say the same thing are brought together.
 
 use std::{
+    collections::BTreeMap,
     fmt,
     path::{Path, PathBuf},
 };
 
-use polyattn::api::BackendName;
-use serde::Deserialize;
+use polyattn::api::{AttentionConfig, BackendChoice, BackendName};
+use serde::{Deserialize, de::DeserializeOwned};
 
 use crate::failure::Failure;
 
@@ -24,6 +25,48 @@ pub(crate) struct ModelArgs {
     /// The target's attention backend; automatically selected when unset.
     #[arg(long, value_name = "NAME")]
     pub(crate) attention_backend: Option<String>,
+
+    /// The target's attention section, an object with backend, backend_per_phase and backend_per_kind.
+    #[arg(long, value_name = "JSON")]
+    pub(crate) attention_config: Option<String>,
+
+    /// Configurations of backends, an object by backend name.
+    #[arg(long, value_name = "JSON")]
+    pub(crate) backend_config: Option<String>,
+}
+
+/// Who may serve a model's attention, and how they are set up.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(crate) struct AttentionOptions {
+    /// The target's attention.
+    pub(crate) attention: AttentionConfig,
+    /// Configurations of backends, by name.
+    pub(crate) backend_config: BTreeMap<String, serde_json::Value>,
+}
+
+impl ModelArgs {
+    /// What the options say of attention.
+    ///
+    /// # Errors
+    /// An object that cannot be read, or a backend named twice with different values.
+    pub(crate) fn attention(&self) -> Result<AttentionOptions, Failure> {
+        let mut options = AttentionOptions::default();
+        if let Some(text) = &self.attention_config {
+            options.attention = object("--attention-config", text)?;
+        }
+        if let Some(text) = &self.backend_config {
+            options.backend_config = object("--backend-config", text)?;
+        }
+        if let Some(name) = self.attention_backend.as_deref().and_then(BackendName::parse) {
+            let named = BackendChoice::Require(name.clone());
+            let config = std::mem::replace(&mut options.attention.backend, named);
+            if config != BackendChoice::Auto && config != options.attention.backend {
+                let message = format!("--attention-backend {name} contradicts the backend of --attention-config");
+                return Err(Failure::new(message));
+            }
+        }
+        Ok(options)
+    }
 }
 
 /// Speculative decoding. One thing may be said in several ways, even several times, as long as they agree.
@@ -141,7 +184,7 @@ impl SpeculativeArgs {
             draft_model.say("--draft-model", Model::parse("--draft-model", text)?)?;
         }
         for text in &self.speculative_config {
-            let object = SpeculativeObject::parse(text)?;
+            let object: SpeculativeObject = object("--speculative-config", text)?;
             let option = |field: &str| format!("--speculative-config {field}");
             proposer.say(&option("method"), object.method.as_deref().and_then(ProposerChoice::parse))?;
             attention_backend
@@ -181,22 +224,21 @@ impl SpeculativeArgs {
     }
 }
 
-impl SpeculativeObject {
-    fn parse(text: &str) -> Result<Self, Failure> {
-        let fault = |message: String| Failure::new(format!("--speculative-config: {message}"));
-        // serde would take an array for the fields in order.
-        if !text.trim_start().starts_with('{') {
-            return Err(fault(format!("'{text}' is no JSON object")));
-        }
-        let mut source = serde_json::Deserializer::from_str(text);
-        let object = serde_path_to_error::deserialize(&mut source).map_err(|error| {
-            let path = error.path().to_string();
-            let message = error.into_inner().to_string();
-            fault(if path == "." { message } else { format!("{path}: {message}") })
-        })?;
-        source.end().map_err(|error| fault(error.to_string()))?;
-        Ok(object)
+/// Reads the JSON object that an option was given.
+fn object<T: DeserializeOwned>(option: &str, text: &str) -> Result<T, Failure> {
+    let fault = |message: String| Failure::new(format!("{option}: {message}"));
+    // serde would take an array for the fields in order.
+    if !text.trim_start().starts_with('{') {
+        return Err(fault(format!("'{text}' is no JSON object")));
     }
+    let mut source = serde_json::Deserializer::from_str(text);
+    let object = serde_path_to_error::deserialize(&mut source).map_err(|error| {
+        let path = error.path().to_string();
+        let message = error.into_inner().to_string();
+        fault(if path == "." { message } else { format!("{path}: {message}") })
+    })?;
+    source.end().map_err(|error| fault(error.to_string()))?;
+    Ok(object)
 }
 
 /// Something that may be said several times, but only one way.

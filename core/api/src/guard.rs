@@ -1,0 +1,105 @@
+//! What stands between a program and a plugin that misbehaves: its faults are contained and carry its name.
+
+use std::{
+    any::Any,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::Arc,
+};
+
+use polyattn_device::{Commands, Device, DeviceFacts};
+
+use crate::{
+    AttentionIo, AttentionKernel, AttentionProblem, BackendError, BatchLayout, Decline, Plan, RegisteredBackend,
+    StoreKv,
+};
+
+/// Calls what may panic; its message if it did. A plugin's state is not looked at again after a fault, so nothing is
+/// seen half changed.
+pub(crate) fn contained<T>(call: impl FnOnce() -> T) -> Result<T, String> {
+    catch_unwind(AssertUnwindSafe(call)).map_err(|payload| said(&*payload))
+}
+
+fn said(payload: &(dyn Any + Send)) -> String {
+    let text = payload.downcast_ref::<&str>().map(|text| (*text).to_owned());
+    text.or_else(|| payload.downcast_ref::<String>().cloned()).unwrap_or_else(|| "no message".into())
+}
+
+impl RegisteredBackend {
+    /// [`AttentionBackend::declines`](crate::AttentionBackend::declines); a panic in it is a reason of its own.
+    #[must_use]
+    pub fn declines(&self, problem: &AttentionProblem, device: &DeviceFacts) -> Vec<Decline> {
+        contained(|| self.backend.declines(problem, device))
+            .unwrap_or_else(|message| vec![Decline::Panicked(message.into())])
+    }
+
+    /// [`AttentionBackend::prepare`](crate::AttentionBackend::prepare), and a kernel whose faults carry the backend's
+    /// name: a panic, a plan of another batch, a problem that was not declined and is refused all the same.
+    ///
+    /// # Errors
+    /// A problem it declines, a device that fails, or [`BackendError::Plugin`].
+    pub fn prepare(
+        &self,
+        device: &Device,
+        problem: &AttentionProblem,
+    ) -> Result<Arc<dyn AttentionKernel>, BackendError> {
+        let fault = |what: String| BackendError::Plugin { backend: self.name(), what };
+        let declines = self.declines(problem, device.facts());
+        if !declines.is_empty() {
+            return Err(BackendError::Declined(declines));
+        }
+        let kernel = contained(|| self.backend.prepare(device, problem))
+            .map_err(|message| fault(format!("it panicked in prepare: {message}")))?
+            .map_err(|error| match error {
+                BackendError::Declined(_) => fault(format!("it declined nothing, then refused: {error}")),
+                error => error,
+            })?;
+        if kernel.problem() != problem {
+            return Err(fault("it prepared another problem than it was given".into()));
+        }
+        Ok(Arc::new(Guarded { kernel, backend: self.name() }))
+    }
+}
+
+/// A kernel whose faults carry its backend's name.
+#[derive(Debug)]
+struct Guarded {
+    kernel: Arc<dyn AttentionKernel>,
+    backend: &'static str,
+}
+
+impl Guarded {
+    fn call<T>(&self, name: &str, call: impl FnOnce() -> Result<T, BackendError>) -> Result<T, BackendError> {
+        contained(call).unwrap_or_else(|message| {
+            Err(BackendError::Plugin { backend: self.backend, what: format!("it panicked in {name}: {message}") })
+        })
+    }
+}
+
+impl AttentionKernel for Guarded {
+    fn problem(&self) -> &AttentionProblem {
+        self.kernel.problem()
+    }
+
+    fn plan(&self, batch: &BatchLayout) -> Result<Plan, BackendError> {
+        let plan = self.call("plan", || self.kernel.plan(batch))?;
+        if plan.batch() != batch {
+            let what = format!(
+                "its plan is of {} sequences and {} rows, the batch has {} and {}",
+                plan.batch().sequences(),
+                plan.batch().rows(),
+                batch.sequences(),
+                batch.rows()
+            );
+            return Err(BackendError::Plugin { backend: self.backend, what });
+        }
+        Ok(plan)
+    }
+
+    fn store_kv(&self, commands: &mut Commands, plan: &Plan, io: &StoreKv<'_>) -> Result<(), BackendError> {
+        self.call("store_kv", || self.kernel.store_kv(commands, plan, io))
+    }
+
+    fn encode(&self, commands: &mut Commands, plan: &Plan, io: &AttentionIo<'_>) -> Result<(), BackendError> {
+        self.call("encode", || self.kernel.encode(commands, plan, io))
+    }
+}
