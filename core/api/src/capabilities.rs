@@ -36,6 +36,23 @@ impl Dims {
             Self::List(sizes) => sizes.contains(&size),
         }
     }
+
+    /// The size of the set that is closest to `size`, the smaller one of two; `None` where the set is empty.
+    #[must_use]
+    pub fn nearest(self, size: u32) -> Option<u32> {
+        match self {
+            Self::None => None,
+            Self::Any => Some(size),
+            Self::Steps { min, max, step } => {
+                let step = step.max(1);
+                let last = min + (max.checked_sub(min)? / step) * step;
+                let below = min + size.clamp(min, last).saturating_sub(min) / step * step;
+                let above = if below < last { below + step } else { below };
+                Some(if size.abs_diff(above) < size.abs_diff(below) { above } else { below })
+            }
+            Self::List(sizes) => sizes.iter().copied().min_by_key(|one| (one.abs_diff(size), *one)),
+        }
+    }
 }
 
 /// The devices a backend runs on.

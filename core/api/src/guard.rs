@@ -9,8 +9,8 @@ use std::{
 use polyattn_device::{Commands, Device, DeviceFacts};
 
 use crate::{
-    AttentionIo, AttentionKernel, AttentionProblem, BackendError, BatchLayout, Decline, Plan, RegisteredBackend,
-    StoreKv,
+    AttentionIo, AttentionKernel, AttentionProblem, BackendError, BatchLayout, Decline, Drafter, LoadContext, Outcome,
+    Plan, Proposal, ProposeContext, ProposerError, RegisteredBackend, RegisteredProposer, StoreKv, TapSpec,
 };
 
 /// Calls what may panic; its message if it did. A plugin's state is not looked at again after a fault, so nothing is
@@ -57,6 +57,71 @@ impl RegisteredBackend {
             return Err(fault("it prepared another problem than it was given".into()));
         }
         Ok(Arc::new(Guarded { kernel, backend: self.name() }))
+    }
+}
+
+impl RegisteredProposer {
+    /// [`Proposer::load`](crate::Proposer::load), and a drafter whose panics are errors that carry the proposer's name.
+    ///
+    /// # Errors
+    /// A checkpoint that is missing, broken or of another target, or [`ProposerError::Plugin`].
+    pub fn load(&self, context: &LoadContext<'_>) -> Result<Box<dyn Drafter>, ProposerError> {
+        let proposer = self.proposer.name();
+        let drafter = contained(|| self.proposer.load(context)).unwrap_or_else(|message| {
+            Err(ProposerError::Plugin { proposer, what: format!("it panicked in load: {message}") })
+        })?;
+        Ok(Box::new(GuardedDrafter { drafter, proposer }))
+    }
+}
+
+/// A drafter whose panics carry its proposer's name.
+#[derive(Debug)]
+struct GuardedDrafter {
+    drafter: Box<dyn Drafter>,
+    proposer: &'static str,
+}
+
+impl GuardedDrafter {
+    fn call<T>(
+        &mut self,
+        name: &str,
+        call: impl FnOnce(&mut dyn Drafter) -> Result<T, ProposerError>,
+    ) -> Result<T, ProposerError> {
+        let Self { drafter, proposer } = self;
+        contained(|| call(&mut **drafter)).unwrap_or_else(|message| {
+            Err(ProposerError::Plugin { proposer, what: format!("it panicked in {name}: {message}") })
+        })
+    }
+}
+
+impl Drafter for GuardedDrafter {
+    fn taps(&self) -> &TapSpec {
+        self.drafter.taps()
+    }
+
+    fn max_tokens(&self) -> u32 {
+        self.drafter.max_tokens()
+    }
+
+    fn default_tokens(&self) -> u32 {
+        self.drafter.default_tokens()
+    }
+
+    fn propose(&mut self, context: &mut ProposeContext<'_>) -> Result<Proposal, ProposerError> {
+        self.call("propose", |drafter| drafter.propose(context))
+    }
+
+    fn commit(&mut self, outcome: &mut Outcome<'_>) -> Result<(), ProposerError> {
+        self.call("commit", |drafter| drafter.commit(outcome))
+    }
+
+    fn forget(&mut self, sequence: u64) {
+        if let Err(error) = self.call("forget", |drafter| {
+            drafter.forget(sequence);
+            Ok(())
+        }) {
+            tracing::warn!("{error}");
+        }
     }
 }
 

@@ -23,7 +23,9 @@ mod plan;
 mod problem;
 mod proposer;
 mod registry;
+mod remedy;
 mod resolve;
+mod resolver;
 mod select;
 mod store;
 
@@ -50,6 +52,7 @@ pub use registry::{
     RegistryBuilder, RegistryError,
 };
 pub use resolve::{Resolution, ResolveError, ResolvedLayer, resolve};
+pub use resolver::Resolver;
 pub use select::{Declined, Policy, Selection, SelectionError, select};
 
 /// What the registration macros expand to; not for use by hand.

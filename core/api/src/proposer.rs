@@ -359,6 +359,14 @@ pub enum ProposerError {
     /// The request cannot be met.
     #[error("{0}")]
     Unsupported(String),
+    /// A proposer broke its own contract.
+    #[error("proposer '{proposer}' is at fault: {what}")]
+    Plugin {
+        /// The proposer's name.
+        proposer: &'static str,
+        /// What it did.
+        what: String,
+    },
     /// Attention failed.
     #[error(transparent)]
     Backend(#[from] BackendError),

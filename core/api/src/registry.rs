@@ -161,7 +161,7 @@ pub enum RegistryError {
     },
     /// Built for another version of the interface.
     #[error(
-        "crate {origin} registers a {kind} for version {found} of the plugin interface, this program has version \
+        "crate {origin} registers its {kind} for version {found} of the plugin interface, this program has version \
          {INTERFACE_VERSION}: build both against one version of polyattn-api"
     )]
     Interface {

@@ -84,6 +84,18 @@ impl Kernels {
         })
     }
 
+    /// The backends of a role by phase, for messages.
+    pub(crate) fn names(&self, role: Role) -> String {
+        let mut names: Vec<_> = self
+            .served
+            .iter()
+            .filter(|served| served.problem().role == role)
+            .map(|served| format!("{} '{}'", served.problem().phase, served.backend))
+            .collect();
+        names.dedup();
+        names.join(", ")
+    }
+
     /// What ran since the last call.
     pub(crate) fn take_counts(&self) -> (Backends, BTreeMap<&'static str, u64>) {
         let mut backends = Backends::default();

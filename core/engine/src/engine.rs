@@ -231,7 +231,7 @@ impl Engine {
                 load.page_size = options.page_size;
                 load.kv_dtype = draft_config.kv_cache.dtype.unwrap_or(draft_config.model.dtype.into());
                 load.max_rows = rows.max(BLOCK_ROOM);
-                let drafter = entry.proposer.load(&load)?;
+                let drafter = entry.load(&load)?;
                 Some(Drafting::new(drafter, entry.proposer.name(), &facts, speculative.num_speculative_tokens)?)
             }
             _ => None,
@@ -600,7 +600,8 @@ impl<'a> Run<'a> {
                 continue;
             }
             let Some(next) = waiting.pop_front() else { return Ok(StopReason::Context) };
-            let id = next.wait_as::<u32>()?.first().copied().unwrap_or(0);
+            let id = next.wait_as::<u32>()?.first().copied().unwrap_or(u32::MAX);
+            self.check_finite(id, sequence.tokens.len() - 1)?;
             self.steps += 1;
             if let Some(stop) = self.emit(sequence, &[id]) {
                 return Ok(stop);
@@ -751,12 +752,27 @@ impl<'a> Run<'a> {
 
     /// `position` is that of the first token behind the anchor.
     fn verify(&self, judgement: Judgement, drafted: &[u32], position: usize) -> Result<Verified, EngineError> {
-        Ok(match judgement {
+        let verified = match judgement {
             Judgement::Best(best) => verify_greedy(drafted, &best.wait_as::<u32>()?),
             Judgement::Logits(logits) => {
-                verify_sampled(drafted, &logits.wait_as::<f32>()?, self.vocab, &self.sampler, position as u64)
+                let logits = logits.wait_as::<f32>()?;
+                let verified = verify_sampled(drafted, &logits, self.vocab, &self.sampler, position as u64);
+                let row = logits.chunks(self.vocab).nth(verified.accepted).unwrap_or(&[]);
+                let bonus = if row.iter().all(|x| x.is_nan()) { u32::MAX } else { verified.bonus };
+                Verified { bonus, ..verified }
             }
-        })
+        };
+        self.check_finite(verified.bonus, position + verified.accepted - 1)?;
+        Ok(verified)
+    }
+
+    /// Logits that are NaN throughout have no largest one, which shows as an id beyond the vocabulary. Nothing of them
+    /// is emitted.
+    fn check_finite(&self, id: u32, position: usize) -> Result<(), EngineError> {
+        if (id as usize) < self.vocab {
+            return Ok(());
+        }
+        Err(EngineError::NotFinite { position, backends: self.kernels.names(Role::Target) })
     }
 
     fn reserve(&mut self, sequence: &mut Sequence, tokens: usize) -> Result<(), EngineError> {

@@ -26,6 +26,17 @@ pub enum EngineError {
     /// The device failed.
     #[error(transparent)]
     Device(#[from] DeviceError),
+    /// The target's logits are NaN: its weights are broken, or a backend is at fault.
+    #[error(
+        "the target's logits at position {position} are not finite; its attention is served by {backends}: \
+         'polyattn check' tests a backend, another is chosen by --attention-backend"
+    )]
+    NotFinite {
+        /// The position of the row.
+        position: usize,
+        /// The backends by phase.
+        backends: String,
+    },
     /// The request contradicts itself or the model.
     #[error("{0}")]
     Request(String),

@@ -427,11 +427,11 @@ fn argmax() {
             let rows = data.len() / cols;
             let logits = floats(&device, &data);
             for first in [0, rows - 1] {
-                let ids = device.upload(&vec![u32::MAX; rows], "ids").unwrap();
+                let ids = device.upload(&vec![77_777; rows], "ids").unwrap();
                 run(&device, |commands| {
                     ops::argmax(commands, logits.whole(), first as u32..rows as u32, cols as u32, ids.whole())
                 });
-                let mut expected = vec![u32::MAX; first];
+                let mut expected = vec![77_777; first];
                 expected.extend(data[first * cols..].chunks(cols).map(|row| {
                     let mut best: Option<(u32, f32)> = None;
                     for (place, value) in (0..).zip(row) {
@@ -439,7 +439,7 @@ fn argmax() {
                             best = Some((place, *value));
                         }
                     }
-                    best.map_or(0, |best| best.0)
+                    best.map_or(u32::MAX, |best| best.0)
                 }));
                 assert_eq!(device.download::<u32>(&ids).unwrap(), expected, "{device:?} {cols} columns");
             }

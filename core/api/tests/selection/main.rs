@@ -3,7 +3,9 @@
 
 mod config;
 mod draft;
+mod faults;
 mod golden;
+mod layouts;
 mod mocks;
 mod reasons;
 mod registry;

@@ -86,6 +86,6 @@ fn main(
         workgroupBarrier();
     }
     if (local == 0u) {
-        ids[row] = select(places[0], 0u, keys[0] == 0u);
+        ids[row] = select(places[0], 0xffffffffu, keys[0] == 0u);
     }
 }

@@ -372,7 +372,7 @@ fn largest(row: &[f32]) -> u32 {
             place = Some(block * 256 + at);
         }
     }
-    place.unwrap_or(0) as u32
+    place.map_or(u32::MAX, |place| place as u32)
 }
 
 pub(super) fn gather_rows(

@@ -329,7 +329,8 @@ pub fn rope(commands: &mut Commands, call: &RopeCall<'_>) -> Result<(), OpError>
 /// The place of each row's largest element, for the rows of a range: `ids[r]`, u32, of f32 `logits` `[_, cols]` for r
 /// in `rows`; the ids before and behind the range stay as they are.
 ///
-/// Of equal elements the first counts, NaN never does; a row of nothing but NaN gives 0.
+/// Of equal elements the first counts, NaN never does; a row of nothing but NaN gives `u32::MAX`, which no
+/// vocabulary has.
 ///
 /// # Errors
 /// No columns, buffers too small for these sizes; the device.
