@@ -83,7 +83,7 @@ pub(crate) fn agree(
                     cost.add(&selection, policy, *layout, wish);
                     reader.get_or_insert_with(|| Reader::new(&problem, &selection.backend));
                     let Selection { backend, declined, .. } = selection;
-                    served.push(ResolvedLayer { problem, backend, policy: policy.name(), declined });
+                    served.push(ResolvedLayer { problem, backend, policy: policy.clone(), declined });
                 }
                 Err(error) => {
                     first_error.get_or_insert(error);

@@ -18,8 +18,8 @@ pub struct ResolvedLayer {
     pub problem: AttentionProblem,
     /// The backend that serves it.
     pub backend: RegisteredBackend,
-    /// `auto`, `prefer` or `require`.
-    pub policy: &'static str,
+    /// What was asked for.
+    pub policy: Policy,
     /// Everybody else.
     pub declined: Vec<Declined>,
 }
@@ -35,7 +35,7 @@ impl ResolvedLayer {
     fn log(&self) {
         let AttentionProblem { role, phase, layer, kv_layout, .. } = &self.problem;
         let (layer, kv_layout) = (&**layer, kv_layout.name());
-        let (backend, policy) = (self.backend.name(), self.policy);
+        let (backend, policy) = (self.backend.name(), self.policy.name());
         tracing::info!(%role, %phase, layer, backend, policy, kv_layout, "attention backend selected");
         for Declined { backend, reasons } in &self.declined {
             if reasons.is_empty() {
@@ -54,7 +54,7 @@ impl Serialize for ResolvedLayer {
         out.serialize_field("layer", &*self.problem.layer)?;
         out.serialize_field("phase", &self.problem.phase)?;
         out.serialize_field("backend", self.backend.name())?;
-        out.serialize_field("policy", self.policy)?;
+        out.serialize_field("policy", self.policy.name())?;
         out.serialize_field("use_non_causal", &self.use_non_causal())?;
         out.serialize_field("declined", &self.declined)?;
         out.end()

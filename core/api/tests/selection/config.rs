@@ -125,7 +125,7 @@ fn a_preference_is_carried_into_the_answer() {
     let config = good(written(json!({ "attention": { "backend": { "prefer": "wide" } } })));
     let policy = |device: &DeviceFacts| {
         let answer = resolve(&config, device, &registry()).expect("served");
-        (answer.target[0].backend.name(), answer.target[0].policy)
+        (answer.target[0].backend.name(), answer.target[0].policy.name())
     };
     assert_eq!(policy(&big_gpu()), ("wide", "prefer"));
     assert_eq!(policy(&DeviceFacts::cpu()), ("reference", "prefer"));

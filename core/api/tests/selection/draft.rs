@@ -38,11 +38,11 @@ fn four_combinations_of_target_and_draft_backend() {
 
             assert_eq!(backends(&answer.target), ["causal"; 3], "{method} {target:?} {draft:?}");
             let policy = if target.is_some() { "require" } else { "auto" };
-            assert!(answer.target.iter().all(|layer| layer.policy == policy));
+            assert!(answer.target.iter().all(|layer| layer.policy.name() == policy));
 
             let automatic = if method == "block" { "wide" } else { "causal" };
             assert_eq!(backends(&answer.draft), [draft.unwrap_or(automatic)], "{method} {target:?} {draft:?}");
-            assert_eq!(answer.draft[0].policy, if draft.is_some() { "require" } else { "auto" });
+            assert_eq!(answer.draft[0].policy.name(), if draft.is_some() { "require" } else { "auto" });
 
             let draft_config = answer.draft_config.expect("there is a draft");
             assert_eq!(draft_config.attention.backend, draft.map(name).into(), "never the target's");
@@ -58,7 +58,7 @@ fn the_targets_backend_is_never_carried_over() {
     config.attention.backend = BackendChoice::Require(name("reference"));
     let answer = resolve(&config, &DeviceFacts::cpu(), &registry()).expect("served");
     assert_eq!(backends(&answer.target), ["reference"; 3]);
-    assert_eq!(answer.draft[0].policy, "auto");
+    assert_eq!(answer.draft[0].policy.name(), "auto");
     assert_eq!(answer.draft_config.expect("a draft").attention.backend, BackendChoice::Auto);
 
     config.attention.backend = BackendChoice::Prefer(name("reference"));

@@ -128,7 +128,7 @@ fn phases_of_one_cache_agree() {
     let tokens = KvLayout::PageTokenHead;
     let resolution = resolved(&config, &registry());
     assert_eq!(served(&resolution), [(Phase::Prefill, "tokens", tokens), (Phase::Decode, "either", tokens)]);
-    assert_eq!((resolution.target[0].policy, resolution.target[1].policy), ("require", "auto"));
+    assert_eq!((resolution.target[0].policy.name(), resolution.target[1].policy.name()), ("require", "auto"));
 
     config.attention.backend_per_phase.insert(Phase::Decode, require("heads"));
     let error = resolve(&config, &DeviceFacts::cpu(), &registry()).expect_err("no common layout").to_string();

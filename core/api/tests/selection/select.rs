@@ -34,7 +34,7 @@ fn an_explicit_causal_backend_serves_causal_attention() {
     let mut config = engine(vec![layer("full")]);
     config.attention.backend = BackendChoice::Require(name("causal"));
     let answer = resolve(&config, &big_gpu(), &registry()).expect("served");
-    assert!(answer.target.iter().all(|layer| layer.backend.name() == "causal" && layer.policy == "require"));
+    assert!(answer.target.iter().all(|layer| layer.backend.name() == "causal" && layer.policy.name() == "require"));
 }
 
 #[test]

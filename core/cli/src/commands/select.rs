@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use polyattn::api::{EngineConfig, Phase, Registry, Resolution, ResolvedLayer, Role, resolve};
+use polyattn::api::{EngineConfig, Phase, Policy, Registry, Resolution, ResolvedLayer, Role, resolve};
 use serde::de::DeserializeOwned;
 
 use crate::{
@@ -20,11 +20,16 @@ use crate::{
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   polyattn select engine.json
+  polyattn select engine.json --explain
   polyattn select engine.toml --device cpu --json
   polyattn select - < engine.json")]
 pub(crate) struct Args {
     /// The configuration, JSON or TOML by its extension, otherwise by its content; - is standard input.
     config: PathBuf,
+
+    /// A table of who serves what and why, who declined and why, and what one change would let them in.
+    #[arg(long)]
+    explain: bool,
 }
 
 /// The method of a speculative section that names none.
@@ -41,7 +46,10 @@ pub(crate) fn run(args: &Args, context: &Context) -> Ended {
     let device = context.open()?;
     let resolution =
         resolve(&config, device.facts(), registry).map_err(|error| Failure::new(format!("{name}: {error}")))?;
-    context.answer(&resolution, || text_of(&resolution, &device.facts().name))?;
+    context.answer(&resolution, || {
+        let device = &device.facts().name;
+        if args.explain { explain(&resolution, device, registry) } else { text_of(&resolution, device) }
+    })?;
     Ok(Verdict::Holds)
 }
 
@@ -129,7 +137,7 @@ fn text_of(resolution: &Resolution, device: &str) -> String {
             layer.problem.phase.to_string(),
             layer.problem.layer.to_string(),
             layer.backend.name().to_owned(),
-            layer.policy.to_owned(),
+            layer.policy.name().to_owned(),
             if layer.use_non_causal() { "non-causal" } else { "causal" }.to_owned(),
         ]);
     }
@@ -158,6 +166,84 @@ fn text_of(resolution: &Resolution, device: &str) -> String {
         let _ = writeln!(out, "  {} for {} {} layer '{}': {why}", one.backend, one.role, phases.join(", "), one.layer);
     }
     out
+}
+
+/// The whole decision as a table. Phases of a layer kind that came out alike share their rows.
+fn explain(resolution: &Resolution, device: &str, registry: &Registry) -> String {
+    let mut groups: Vec<(&ResolvedLayer, Vec<Phase>)> = Vec::new();
+    for layer in resolution.target.iter().chain(&resolution.draft) {
+        let alike = |other: &ResolvedLayer| {
+            let key = |one: &ResolvedLayer| {
+                (one.problem.role, one.problem.layer.clone(), one.backend.name(), one.policy.name())
+            };
+            key(other) == key(layer) && other.declined == layer.declined
+        };
+        match groups.iter_mut().find(|(other, _)| alike(other)) {
+            Some((_, phases)) => phases.push(layer.problem.phase),
+            None => groups.push((layer, vec![layer.problem.phase])),
+        }
+    }
+    let mut table = output::table(&["role", "layer", "phase", "backend", "", "why", "one change that would let it in"]);
+    for (layer, phases) in groups {
+        let problem = &layer.problem;
+        let phases = phases.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+        let place = [problem.role.to_string(), problem.layer.to_string(), phases];
+        let why = chosen_why(layer);
+        table.add_row(place.into_iter().chain([layer.backend.name().into(), "serves".into(), why, String::new()]));
+        for declined in &layer.declined {
+            let entry = registry.backend(declined.backend);
+            let (verdict, why, change) = if declined.reasons.is_empty() {
+                let priority = entry.map_or(0, |entry| entry.priority);
+                let change = format!("name it: {} \"{}\"", choice_field(problem.role), declined.backend);
+                ("outranked", format!("could serve; priority {priority}"), change)
+            } else {
+                let why = declined.reasons.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n");
+                let change = entry.and_then(|entry| entry.remedy(&declined.reasons)).unwrap_or_else(|| "-".into());
+                ("declines", why, change)
+            };
+            let blank = [String::new(), String::new(), String::new()];
+            table.add_row(blank.into_iter().chain([declined.backend.into(), verdict.into(), why, change]));
+        }
+    }
+    let mut out = format!("On {device}:\n{table}\n");
+    let mut caches: Vec<_> = resolution.target.iter().chain(&resolution.draft).collect();
+    caches.dedup_by_key(|layer| (layer.problem.role, layer.problem.layer.clone()));
+    for layer in caches {
+        let (problem, layout) = (&layer.problem, layer.problem.kv_layout.name());
+        let _ = writeln!(out, "The cache of {} layer '{}' has the layout {layout}.", problem.role, problem.layer);
+    }
+    if let Some(proposer) = &resolution.proposer {
+        let name = proposer.proposer.name();
+        let _ = match resolution.draft.is_empty() {
+            true => writeln!(out, "The proposer '{name}' runs no attention of its own."),
+            false => {
+                writeln!(out, "The draft's attention is chosen apart from the target's; the proposer is '{name}'.")
+            }
+        };
+    }
+    out
+}
+
+fn chosen_why(layer: &ResolvedLayer) -> String {
+    let able = 1 + layer.declined.iter().filter(|one| one.reasons.is_empty()).count();
+    let ranked = match able {
+        1 => "the only one that can serve".to_owned(),
+        _ => format!("highest priority ({}) of {able} that can serve", layer.backend.priority),
+    };
+    match &layer.policy {
+        Policy::Require(_) => "required by name".into(),
+        Policy::Prefer(name) if name.as_str() == layer.backend.name() => "preferred by name".into(),
+        Policy::Prefer(name) => format!("{ranked}; '{name}' is preferred and declines"),
+        _ => ranked,
+    }
+}
+
+/// The field of a configuration that names a backend for a role.
+fn choice_field(role: Role) -> &'static str {
+    match role {
+        Role::Target => "attention.backend",
+        Role::Draft => "speculative.attention_backend",
+    }
 }
 
 /// What is told of a backend that was not taken; the same for several phases is told once.

@@ -224,3 +224,44 @@ fn the_choice_of_the_cpu_is_told_once() {
     let expected = if devices.as_array().expect("a list").iter().any(hardware) { 0 } else { 1 };
     assert_eq!(run.stderr.matches("no hardware GPU").count(), expected, "{run:?}");
 }
+
+#[test]
+fn explain_tells_people_why_and_what_would_change_it() {
+    let mut config = full();
+    config["kv_cache"]["page_size"] = json!(16);
+    config["attention"]["backend"] = json!({ "prefer": "flash" });
+    let file = tempfile::NamedTempFile::new().expect("a file");
+    fs::write(file.path(), config.to_string()).expect("written");
+    let path = file.path().to_str().expect("text");
+    let run = run(&["select", path, "--explain", "--device", "cpu"]);
+    assert_eq!(run.code, 0, "{run:?}");
+    for wanted in [
+        "the only one that can serve; 'flash' is preferred and declines",
+        "prefill, decode, verify",
+        "needs a GPU",
+        "--device gpu",
+        "The cache of target layer 'full' has the layout page-token-head.",
+        "The draft's attention is chosen apart from the target's; the proposer is 'dflash'.",
+    ] {
+        assert!(run.stdout.contains(wanted), "{wanted}: {}", run.stdout);
+    }
+}
+
+#[test]
+fn a_backend_may_be_named_for_a_phase_a_kind_and_configured() {
+    let mut config: Value = serde_json::from_str(SMALL).expect("JSON");
+    config["attention"] = json!({ "backend_per_phase": { "decode": "cpu" }, "backend_per_kind": { "full": "CPU" } });
+    let answer = select(&config.to_string(), "cpu").json();
+    assert_eq!(answer["target"][0]["policy"], "require");
+    let fault = |field: &str, value: Value, wanted: &str| {
+        let mut config: Value = serde_json::from_str(SMALL).expect("JSON");
+        config[field] = value;
+        let run = select(&config.to_string(), "cpu");
+        assert_eq!(run.code, 2, "{run:?}");
+        assert!(run.json()["error"].as_str().expect("a message").contains(wanted), "{run:?}");
+    };
+    fault("attention", json!({ "backend_per_phase": { "decoding": "cpu" } }), "decoding");
+    fault("attention", json!({ "backend_per_kind": { "sliding": "cpu" } }), "attention.backend_per_kind.sliding");
+    fault("backend_config", json!({ "cpu": { "threads": 3 } }), "backend_config.cpu");
+    fault("backend_config", json!({ "fast": {} }), "unknown attention backend 'fast'");
+}
