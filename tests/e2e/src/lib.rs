@@ -59,6 +59,22 @@ pub fn greedy(engine: &mut Engine, prompt: &[u32], tokens: usize) -> Generation 
     engine.generate(&request, &mut |_| ControlFlow::Continue(())).unwrap()
 }
 
+/// The gaps between best and second logit along a text, to tell ties.
+#[must_use]
+pub fn margins(engine: &mut Engine, prompt: &[u32], tokens: &[u32], vocab: usize) -> Vec<f64> {
+    let text = [prompt, tokens].concat();
+    let logits = engine.score(&text[..text.len() - 1]).unwrap();
+    logits
+        .chunks(vocab)
+        .skip(prompt.len() - 1)
+        .map(|row| {
+            let mut sorted = row.to_vec();
+            sorted.sort_by(|a, b| b.total_cmp(a));
+            f64::from(sorted[0] - sorted[1])
+        })
+        .collect()
+}
+
 /// Asserts that two runs chose the same tokens, up to the first place where `margins`, the gap between best and second
 /// logit, is a tie. Answers how many tokens were compared.
 pub fn assert_same_up_to_ties(got: &[u32], want: &[u32], margins: &[f64], what: &str) -> usize {

@@ -6,7 +6,7 @@ use std::{ops::ControlFlow, path::PathBuf};
 
 use polyattn_api::{BackendName, Registry};
 use polyattn_device::Device;
-use polyattn_e2e::{assert_same_up_to_ties, devices, engine, greedy, tests_folder};
+use polyattn_e2e::{assert_same_up_to_ties, devices, engine, greedy, margins, tests_folder};
 use polyattn_engine::{Engine, EngineOptions, Request, Sampling, SpeculativeOptions, StopReason};
 use polyattn_nn::load::ModelSource;
 use serde_json::Value;
@@ -33,21 +33,6 @@ fn speculative(method: &str, model: Option<PathBuf>) -> SpeculativeOptions {
 
 fn options(speculative: Option<SpeculativeOptions>) -> EngineOptions {
     EngineOptions::default().with_context(128).with_speculative(speculative)
-}
-
-/// The gaps between best and second logit along a text, to tell ties.
-fn margins(engine: &mut Engine, prompt: &[u32], tokens: &[u32], vocab: usize) -> Vec<f64> {
-    let text = [prompt, tokens].concat();
-    let logits = engine.score(&text[..text.len() - 1]).unwrap();
-    logits
-        .chunks(vocab)
-        .skip(prompt.len() - 1)
-        .map(|row| {
-            let mut sorted = row.to_vec();
-            sorted.sort_by(|a, b| b.total_cmp(a));
-            f64::from(sorted[0] - sorted[1])
-        })
-        .collect()
 }
 
 #[test]
