@@ -244,6 +244,21 @@ def main():
     problem("gqa-f8e4m3-poison-f32", small, kv_dtype="f8e4m3", poison=True)
     problem("gqa-f8e5m2-f16", small, dtype="f16", kv_dtype="f8e5m2")
 
+    # every feature under every mask in every kind of cache
+    formats = [("f32", "f32"), ("f16", "f16"), ("bf16", "bf16"), ("f16", "q8"), ("f32", "f8e4m3"), ("bf16", "f8e5m2")]
+    features = {
+        "window": {"window": (3, 1)}, "softcap": {"softcap": 3.0, "size": 2.0}, "sinks": {"sinks": True}, "alibi": {"alibi": True},
+        "value-dim": {"e": 48}, "all": {"window": (5, 2), "softcap": 8.0, "sinks": True, "alibi": True, "e": 24},
+    }
+    for dtype, kv_dtype in formats:
+        common = {"dtype": dtype, "kv_dtype": kv_dtype, "heads": 2, "kv_heads": 1, "page": 4, "spare": 1, "poison": True}
+        for mask in ("causal", "bidirectional", "tree"):
+            trees = {"trees": [tree([-1, 0, 0, 2]), chain(1)]} if mask == "tree" else {}
+            for feature, settings in features.items():
+                problem(f"matrix-{mask}-{feature}-{dtype}-{kv_dtype}", [(4, 9), (1, 6)], mask=mask, **common, **trees, **settings)
+        problem(f"matrix-causal-spans-{dtype}-{kv_dtype}", [(6, 9), (2, 6)], spans=[[0, 2, 6], [1, 4, 5]], **common)
+        problem(f"matrix-causal-sequences-{dtype}-{kv_dtype}", [(4, 9), (3, 6)], causal=[0, 1], **common)
+
     # latent attention
     mla = {"kind": "mla", "heads": 4}
     problem("mla-causal-f32", [(5, 5), (1, 19)], **mla)
