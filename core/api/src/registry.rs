@@ -288,6 +288,20 @@ impl Registry {
         Ok(Self { backends: RwLock::new(backends.into()), proposers: RwLock::new(self.proposers()) })
     }
 
+    /// The same plugins and this proposer, in the place of one of its name.
+    ///
+    /// # Errors
+    /// Its name cannot be selected.
+    pub fn with_proposer(&self, proposer: RegisteredProposer) -> Result<Self, RegistryError> {
+        let name = proposer.proposer.name();
+        check_name("proposer", name, proposer.origin)?;
+        let others = self.proposers();
+        let mut all: Vec<_> = others.iter().filter(|other| other.proposer.name() != name).cloned().collect();
+        all.push(proposer);
+        all.sort_by(|a, b| a.proposer.name().cmp(b.proposer.name()));
+        Ok(Self { backends: RwLock::new(self.backends()), proposers: RwLock::new(all.into()) })
+    }
+
     /// Adds a backend at run time.
     ///
     /// # Errors

@@ -3,6 +3,8 @@
 
 mod config;
 mod drafter;
+#[cfg(feature = "test-support")]
+pub mod tiny;
 
 use std::path::Path;
 

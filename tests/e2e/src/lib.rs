@@ -1,10 +1,7 @@
 //! What the end-to-end tests share: devices, models, and the rule by which greedy tokens are compared.
 #![expect(clippy::unwrap_used, clippy::missing_panics_doc, reason = "a test's help may fail the test")]
 
-use std::{
-    ops::ControlFlow,
-    path::{Path, PathBuf},
-};
+use std::{ops::ControlFlow, path::PathBuf};
 
 use polyattn_api::Registry;
 use polyattn_device::{Device, DeviceChoice};
@@ -90,73 +87,6 @@ pub fn assert_same_up_to_ties(got: &[u32], want: &[u32], margins: &[f64], what: 
     }
     assert_eq!(got.len(), want.len(), "{what}: another number of tokens");
     got.len()
-}
-
-/// Writes a DFlash drafter of random weights for a target, in the released checkpoint format: two layers, blocks of 8;
-/// with `sliding` the first layer is causal behind a window.
-pub fn write_random_dflash(target: &ModelSource, folder: &Path, sliding: bool) {
-    let config = &target.config;
-    let (hidden, wide, heads, kv_heads, dim) = (config.hidden_size as usize, 96usize, 4usize, 2usize, 32usize);
-    let taps = [0, config.layers - 1];
-    let json = serde_json::json!({
-        "block_size": 8,
-        "dflash_config": { "mask_token_id": 3, "target_layer_ids": taps },
-        "hidden_size": hidden, "intermediate_size": wide, "num_hidden_layers": 2, "num_target_layers": config.layers,
-        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": dim, "rms_norm_eps": 1e-6,
-        "rope_theta": 10000.0, "vocab_size": config.vocab_size, "dtype": "float16", "sliding_window": 6,
-        "layer_types": [if sliding { "sliding_attention" } else { "full_attention" }, "full_attention"],
-    });
-    std::fs::create_dir_all(folder).unwrap();
-    std::fs::write(folder.join("config.json"), json.to_string()).unwrap();
-
-    let mut shapes = vec![
-        ("fc.weight".to_owned(), vec![hidden, taps.len() * hidden]),
-        ("hidden_norm.weight".to_owned(), vec![hidden]),
-        ("norm.weight".to_owned(), vec![hidden]),
-    ];
-    for layer in 0..2 {
-        for (name, shape) in [
-            ("input_layernorm", vec![hidden]),
-            ("post_attention_layernorm", vec![hidden]),
-            ("self_attn.q_proj", vec![heads * dim, hidden]),
-            ("self_attn.k_proj", vec![kv_heads * dim, hidden]),
-            ("self_attn.v_proj", vec![kv_heads * dim, hidden]),
-            ("self_attn.o_proj", vec![hidden, heads * dim]),
-            ("self_attn.q_norm", vec![dim]),
-            ("self_attn.k_norm", vec![dim]),
-            ("mlp.gate_proj", vec![wide, hidden]),
-            ("mlp.up_proj", vec![wide, hidden]),
-            ("mlp.down_proj", vec![hidden, wide]),
-        ] {
-            shapes.push((format!("layers.{layer}.{name}.weight"), shape));
-        }
-    }
-    let mut state = 0x2545_f491_4f6c_dd1du64;
-    let mut random = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
-    };
-    let tensors: Vec<(String, Vec<usize>, Vec<u8>)> = shapes
-        .into_iter()
-        .map(|(name, shape)| {
-            let count: usize = shape.iter().product();
-            let norm = shape.len() == 1;
-            let scale = 1.5 / (shape[shape.len() - 1] as f32).sqrt();
-            let values = (0..count).flat_map(|_| {
-                let value = if norm { 1.0 + 0.1 * random() } else { scale * random() };
-                value.to_le_bytes()
-            });
-            let bytes = values.collect();
-            (name, shape, bytes)
-        })
-        .collect();
-    let views = tensors.iter().map(|(name, shape, bytes)| {
-        (name, safetensors::tensor::TensorView::new(safetensors::Dtype::F32, shape.clone(), bytes).unwrap())
-    });
-    let file = safetensors::serialize(views, None).unwrap();
-    std::fs::write(folder.join("model.safetensors"), file).unwrap();
 }
 
 /// The README's own code, compiled and run.

@@ -4,7 +4,7 @@
 
 use std::{ops::ControlFlow, path::PathBuf};
 
-use polyattn_api::{BackendName, Registry};
+use polyattn_api::{BackendName, Registry, TargetFacts};
 use polyattn_device::Device;
 use polyattn_e2e::{assert_same_up_to_ties, devices, engine, greedy, margins, tests_folder};
 use polyattn_engine::{Engine, EngineOptions, Request, Sampling, SpeculativeOptions, StopReason};
@@ -23,7 +23,9 @@ fn tiny(family: &str) -> (ModelSource, Vec<f64>) {
 
 /// Writes a random drafter for `source` in the released format.
 fn drafter(source: &ModelSource, folder: &std::path::Path, sliding: bool) -> PathBuf {
-    polyattn_e2e::write_random_dflash(source, folder, sliding);
+    let model = &source.config;
+    let facts = TargetFacts::new(model.layers, model.hidden_size, model.vocab_size, model.context_length);
+    polyattn_dflash::tiny::write_random(&facts, folder, sliding).unwrap();
     folder.to_owned()
 }
 

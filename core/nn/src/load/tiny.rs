@@ -291,6 +291,18 @@ impl TinyModel {
     /// # Errors
     /// If a file cannot be written.
     pub fn write_hf_folder(&self, folder: &Path) -> io::Result<()> {
+        self.write_hf_folder_of(self.weights(), folder)
+    }
+
+    /// The same with other weights, of the names and shapes of [`weights`](Self::weights).
+    ///
+    /// # Errors
+    /// If a file cannot be written.
+    pub fn write_hf_folder_of(
+        &self,
+        weights: Vec<(WeightName, Vec<usize>, Vec<f32>)>,
+        folder: &Path,
+    ) -> io::Result<()> {
         std::fs::write(folder.join("config.json"), self.config_json())?;
         std::fs::write(folder.join("tokenizer.json"), self.tokenizer_json())?;
         let tokenizer = json!({ "chat_template": CHATML, "bos_token": "<|im_start|>",
@@ -300,8 +312,7 @@ impl TinyModel {
         let generation = json!({ "eos_token_id": [2, 0] });
         std::fs::write(folder.join("generation_config.json"), generation.to_string())?;
 
-        let stored: Vec<(String, Dtype, Vec<usize>, Vec<u8>)> = self
-            .weights()
+        let stored: Vec<(String, Dtype, Vec<usize>, Vec<u8>)> = weights
             .into_iter()
             .map(|(name, shape, values)| {
                 let (ty, dtype) = match (shape.len(), self.ty) {
