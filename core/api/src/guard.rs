@@ -9,8 +9,9 @@ use std::{
 use polyattn_device::{Commands, Device, DeviceFacts};
 
 use crate::{
-    AttentionIo, AttentionKernel, AttentionProblem, BackendError, BatchLayout, Decline, Drafter, LoadContext, Outcome,
-    Plan, Proposal, ProposeContext, ProposerError, RegisteredBackend, RegisteredProposer, StoreKv, TapSpec,
+    AttentionIo, AttentionKernel, AttentionProblem, BackendError, BatchLayout, Decline, DraftSequence, Drafter,
+    LoadContext, Outcome, Plan, Proposal, ProposeContext, ProposerError, RegisteredBackend, RegisteredProposer,
+    StoreKv, TapSpec,
 };
 
 /// Calls what may panic; its message if it did. A plugin's state is not looked at again after a fault, so nothing is
@@ -108,7 +109,11 @@ impl Drafter for GuardedDrafter {
     }
 
     fn propose(&mut self, context: &mut ProposeContext<'_>) -> Result<Proposal, ProposerError> {
-        self.call("propose", |drafter| drafter.propose(context))
+        let proposal = self.call("propose", |drafter| drafter.propose(context))?;
+        match misshapen(&proposal, context.sequences) {
+            Some(what) => Err(ProposerError::Plugin { proposer: self.proposer, what }),
+            None => Ok(proposal),
+        }
     }
 
     fn commit(&mut self, outcome: &mut Outcome<'_>) -> Result<(), ProposerError> {
@@ -123,6 +128,34 @@ impl Drafter for GuardedDrafter {
             tracing::warn!("{error}");
         }
     }
+}
+
+/// What is wrong with the shape of a proposal: another number of drafts than of sequences, more tokens than were wanted,
+/// or a buffer that does not hold them.
+fn misshapen(proposal: &Proposal, sequences: &[DraftSequence<'_>]) -> Option<String> {
+    let counts: Vec<usize> = match proposal {
+        Proposal::Host(drafts) => drafts.iter().map(Vec::len).collect(),
+        Proposal::Device { counts, .. } => counts.iter().map(|count| *count as usize).collect(),
+    };
+    if counts.len() != sequences.len() {
+        return Some(format!("it gave {} drafts for {} sequences", counts.len(), sequences.len()));
+    }
+    for (count, sequence) in counts.iter().zip(sequences) {
+        if *count > sequence.width as usize {
+            let DraftSequence { id, width, .. } = sequence;
+            return Some(format!("it drafted {count} tokens for sequence {id}, where {width} were wanted"));
+        }
+    }
+    if let Proposal::Device { ids, stride, .. } = proposal {
+        for (place, count) in counts.iter().enumerate() {
+            let end = place as u64 * u64::from(*stride) + 1 + *count as u64;
+            if end * 4 > ids.bytes() {
+                let held = ids.bytes() / 4;
+                return Some(format!("its draft {place} ends at element {end} of a buffer of {held}"));
+            }
+        }
+    }
+    None
 }
 
 /// A kernel whose faults carry its backend's name.

@@ -9,7 +9,8 @@ use std::{
 use polyattn_api::{
     AttentionConfig, AttentionKernel, BackendChoice, BackendName, CommittedRows, DraftAttention, DraftSequence,
     Drafter, EngineConfig, KernelConfig, KvCacheConfig, LayerConfig, LoadContext, ModelConfig, Outcome, Phase,
-    Proposal, ProposeContext, Registry, Resolution, Role, SpeculativeConfig, TargetFacts, WindowConfig, resolve,
+    Proposal, ProposeContext, ProposerError, Registry, Resolution, Role, SpeculativeConfig, TargetFacts, WindowConfig,
+    resolve,
 };
 use polyattn_device::{Commands, DType, Device, Readback};
 use polyattn_nn::{
@@ -184,7 +185,7 @@ impl Engine {
         let draft = match (&proposer, checkpoint) {
             (Some(entry), Some(path)) => entry.proposer.describe(path, &facts)?,
             (Some(entry), None) if entry.proposer.requirements().checkpoint => {
-                return Err(polyattn_api::ProposerError::NoCheckpoint(entry.proposer.name()).into());
+                return Err(ProposerError::NoCheckpoint(entry.proposer.name()).into());
             }
             _ => None,
         };
@@ -393,7 +394,7 @@ impl Drafting {
     ) -> Result<Self, EngineError> {
         if let Some(tap) = drafter.taps().layers.iter().find(|tap| **tap >= target.layers) {
             let message = format!("it taps layer {tap}, the target has {} layers", target.layers);
-            return Err(polyattn_api::ProposerError::Mismatch(message).into());
+            return Err(ProposerError::Mismatch(message).into());
         }
         let most = drafter.max_tokens();
         if most >= BLOCK_ROOM {
@@ -662,7 +663,15 @@ impl<'a> Run<'a> {
         let drafted_later = drafted_later.map(|ids| commands.read_back(ids)).transpose()?;
         self.submit(commands)?;
         if let Some(readback) = drafted_later {
-            drafted.extend(readback.wait_as::<u32>()?.into_iter().skip(1));
+            let ids = readback.wait_as::<u32>()?;
+            if ids.first() != rows.first() {
+                // The pass began with another token than the last one committed: nothing of it counts.
+                let what = format!("it put token {:?} in the place of the anchor {}", ids.first(), rows[0]);
+                let proposer = self.drafting.as_ref().map_or("", |drafting| drafting.name);
+                self.lose_drafter(&ProposerError::Plugin { proposer, what });
+                return Ok((None, self.step_commands()?));
+            }
+            drafted.extend(&ids[1..]);
         }
         let verified = self.verify(judgement, &drafted, anchor + 1)?;
         self.steps += 1;
@@ -722,7 +731,7 @@ impl<'a> Run<'a> {
         }
     }
 
-    fn lose_drafter(&mut self, error: &polyattn_api::ProposerError) {
+    fn lose_drafter(&mut self, error: &ProposerError) {
         tracing::warn!("the drafter failed and is left out of this request: {error}");
         self.drafting = None;
     }

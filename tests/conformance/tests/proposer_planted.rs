@@ -43,6 +43,7 @@ enum Fault {
     DraftsMoreThanAsked,
     DraftsNothing,
     AnswersDifferentlyEachTime,
+    TiresWithTime,
     PanicsInPropose,
     PanicsOnLoad,
     HidesThatItTaps,
@@ -55,7 +56,7 @@ enum Fault {
 }
 
 /// For each fault the trial that finds it, and a part of what it says.
-const FOUND: [(Fault, &str, &str); 28] = [
+const FOUND: [(Fault, &str, &str); 29] = [
     (Fault::KeepsRejectedRows, "drafts/rejected-rows-leave-no-trace", "drafted tokens were accepted"),
     (Fault::KeepsTheFirstRejectedRow, "drafts/rejected-rows-leave-no-trace", "drafted tokens were accepted"),
     (Fault::LosesTheLastAcceptedRow, "drafts/rejected-rows-leave-no-trace", "drafted tokens were accepted"),
@@ -75,6 +76,7 @@ const FOUND: [(Fault, &str, &str); 28] = [
     (Fault::DraftsMoreThanAsked, "drafts/bounds-are-kept", "where 1 were wanted"),
     (Fault::DraftsNothing, "generates/enough-is-accepted", "nothing was drafted"),
     (Fault::AnswersDifferentlyEachTime, "drafts/same-question-same-answer", "asked a second time"),
+    (Fault::TiresWithTime, "generates/requests-leave-no-trace", "in the first round"),
     (Fault::PanicsInPropose, "drafts/same-question-same-answer", "panicked in propose: at a loss"),
     (Fault::PanicsOnLoad, "declares/what-cannot-be-loaded-is-an-error", "panicked in load: at a loss"),
     (Fault::HidesThatItTaps, "declares/requirements-are-honest", "says taps: false"),
@@ -260,6 +262,7 @@ impl Drafter for Memory {
                 Fault::DraftsMoreThanAsked => drafts.push(1),
                 Fault::DraftsBeyondTheVocabulary => drafts[0] += 1_000,
                 Fault::DraftsNothing => drafts.clear(),
+                Fault::TiresWithTime if self.asked.fetch_add(1, Ordering::Relaxed) > 12 => drafts.truncate(1),
                 Fault::AnswersDifferentlyEachTime => drafts[0] = self.asked.fetch_add(1, Ordering::Relaxed),
                 _ => {}
             }
@@ -299,6 +302,8 @@ enum Told {
     TheRowBehind,
     OneRowTooFew,
     NothingOfTheFirstChunk,
+    /// And what it drafted is passed on with another token in the place of the anchor.
+    AnotherAnchor,
 }
 
 /// DFlash, told wrongly: a drafter with a paged cache of its own, so that what is wrong must show in logits.
@@ -343,14 +348,18 @@ impl Drafter for MisledDrafter {
     }
 
     fn propose(&mut self, context: &mut ProposeContext<'_>) -> Result<Proposal, ProposerError> {
-        self.drafter.propose(context)
+        let proposal = self.drafter.propose(context)?;
+        if let (Told::AnotherAnchor, Proposal::Device { ids, .. }) = (self.told, &proposal) {
+            context.commands.device().write(ids, 0, &[7u32])?;
+        }
+        Ok(proposal)
     }
 
     fn commit(&mut self, outcome: &mut Outcome<'_>) -> Result<(), ProposerError> {
         let mut sequences = outcome.sequences.to_vec();
         for committed in &mut sequences {
             match self.told {
-                Told::Right => {}
+                Told::Right | Told::AnotherAnchor => {}
                 Told::TheRowBehind => committed.first_row += u32::from(committed.rows < 20),
                 Told::OneRowTooFew => committed.rows -= u32::from(committed.rows > 1),
                 Told::NothingOfTheFirstChunk if committed.position == 0 => return Ok(()),
@@ -368,6 +377,7 @@ fn a_paged_drafter_that_is_told_wrongly_is_found() {
         (Told::TheRowBehind, "drafts/rejected-rows-leave-no-trace", "logits"),
         (Told::OneRowTooFew, "drafts/rejected-rows-leave-no-trace", "logits"),
         (Told::NothingOfTheFirstChunk, "drafts/chunks-do-not-matter", "logits"),
+        (Told::AnotherAnchor, "drafts/bounds-are-kept", "7 in the place of the anchor"),
     ];
     for (told, trial, words) in cases {
         let subject = ProposerSubject::new().make_checkpoint(|target, folder| write_random(target, folder, false));
@@ -376,6 +386,15 @@ fn a_paged_drafter_that_is_told_wrongly_is_found() {
             Told::Right => assert_eq!(failed, BTreeMap::new()),
             _ => assert!(failed.values().any(|message| message.contains(words)), "{told:?}: {failed:?}"),
         }
+    }
+}
+
+/// A drafter cannot make the target go on from a token of its own.
+#[test]
+fn another_anchor_does_not_change_the_tokens() {
+    let subject = ProposerSubject::new().make_checkpoint(|target, folder| write_random(target, folder, false));
+    for trial in ["generates/greedy-tokens-of-the-target", "generates/sampled-tokens-of-the-target"] {
+        assert_eq!(failures_of(Arc::new(Misled(Told::AnotherAnchor)), &subject, trial), BTreeMap::new());
     }
 }
 

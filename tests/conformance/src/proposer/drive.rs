@@ -297,16 +297,11 @@ impl Drive<'_> {
     pub(super) fn propose(&mut self, wanted: &[(&Text, u32)]) -> Result<Drafts, Failure> {
         let drafts = self.try_propose(wanted).map_err(|error| Failure::new(format!("propose: {error}")))?;
         let vocab = self.stage.vocab();
-        for (ids, (text, width)) in drafts.ids.iter().zip(wanted) {
-            if ids.len() > *width as usize {
-                let message = format!("{} tokens drafted for text {}, where {width} were wanted", ids.len(), text.id);
-                return Err(Failure::new(message));
-            }
-            if let Some(id) = ids.iter().find(|id| **id >= vocab) {
-                return Err(Failure::new(format!("id {id} drafted, the vocabulary ends at {vocab}")));
-            }
+        // How many there are is checked already, by the guard that every drafter is loaded behind.
+        match drafts.ids.iter().flatten().find(|id| **id >= vocab) {
+            Some(id) => Err(Failure::new(format!("id {id} drafted, the vocabulary ends at {vocab}"))),
+            None => Ok(drafts),
         }
-        Ok(drafts)
     }
 
     /// The same with the drafter's own error.
@@ -319,36 +314,27 @@ impl Drive<'_> {
         let lent = Lent { decoder: &self.stage.decoder, asked: RefCell::default() };
         let mut commands = device.commands()?;
         let proposal = self.drafter.propose(&mut ProposeContext::new(&mut commands, &sequences, &lent))?;
-        let wrong = |what: String| Err(ProposerError::Unsupported(format!("{what} for {} sequences", wanted.len())));
         let ids = match proposal {
             Proposal::Host(ids) => {
                 let _ = commands.submit()?;
-                if ids.len() != wanted.len() {
-                    return wrong(format!("{} drafts", ids.len()));
-                }
                 ids
             }
             Proposal::Device { ids, stride, counts } => {
                 let readback = commands.read_back(ids.whole())?;
                 let _ = commands.submit()?;
-                let (all, stride) = (readback.wait_as::<u32>()?, stride as usize);
-                if counts.len() != wanted.len() {
-                    return wrong(format!("{} counts", counts.len()));
-                }
+                let all = readback.wait_as::<u32>()?;
                 let mut drafts = Vec::new();
                 for (sequence, (count, (text, _))) in counts.iter().zip(wanted).enumerate() {
-                    let place = sequence * stride;
-                    let Some(drafted) = all.get(place..place + 1 + *count as usize) else {
-                        return wrong(format!("{} ids in steps of {stride}", all.len()));
-                    };
+                    let drafted = &all[sequence * stride as usize..][..1 + *count as usize];
                     if Some(&drafted[0]) != text.tokens.last() {
-                        return wrong(format!("{} in the place of the anchor {:?}", drafted[0], text.tokens.last()));
+                        let last = text.tokens.last();
+                        return Err(refused(format!("{} in the place of the anchor {last:?}", drafted[0])));
                     }
                     drafts.push(drafted[1..].to_vec());
                 }
                 drafts
             }
-            other => return wrong(format!("a proposal unknown to the kit, {other:?},")),
+            other => return Err(refused(format!("a proposal unknown to the kit: {other:?}"))),
         };
         let mut logits = Vec::new();
         for (rows, first, readback) in lent.asked.into_inner() {

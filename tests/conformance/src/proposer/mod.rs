@@ -60,6 +60,9 @@ use crate::{Failure, Trial};
 
 type Check = fn(&Bench) -> Result<(), Failure>;
 
+/// The trial of those alone who ask for hidden states.
+const OF_TAPS: &str = "drafts/hidden-states-matter";
+
 /// Every trial: its name, and what it does.
 const CHECKS: [(&str, Check); 21] = [
     ("declares/requirements-are-honest", declared::requirements_are_honest),
@@ -75,7 +78,7 @@ const CHECKS: [(&str, Check); 21] = [
     ("drafts/identifier-is-used-again", drafts::an_identifier_is_used_again),
     ("drafts/bounds-are-kept", drafts::widths_and_ids_keep_their_bounds),
     ("drafts/same-question-same-answer", drafts::the_same_question_has_the_same_answer),
-    ("drafts/hidden-states-matter", drafts::hidden_states_matter),
+    (OF_TAPS, drafts::hidden_states_matter),
     ("drafts/nonsense-is-an-error", drafts::nonsense_is_an_error),
     ("generates/greedy-tokens-of-the-target", generation::greedy_tokens_are_the_targets),
     ("generates/sampled-tokens-of-the-target", generation::sampled_tokens_are_the_targets),
@@ -95,8 +98,10 @@ pub fn proposer_suite(proposer: &RegisteredProposer, subject: &ProposerSubject, 
     let name = contained(|| proposer.proposer.name()).unwrap_or("a proposer without a name");
     let device = &device.facts().name;
     let subject = subject.name.as_ref().map_or(String::new(), |subject| format!("/{subject}"));
+    let taps = contained(|| proposer.proposer.requirements().taps).unwrap_or(true);
     CHECKS
         .into_iter()
+        .filter(|(check_name, _)| taps || *check_name != OF_TAPS)
         .map(|(check_name, check)| {
             let bench = Arc::clone(&bench);
             Trial::new(format!("{name}{subject}/{device}/{check_name}"), move || {
