@@ -2,8 +2,10 @@
 
 #![forbid(unsafe_code)]
 
+#[cfg(feature = "proposers")]
 mod proposer;
 mod trial;
 
+#[cfg(feature = "proposers")]
 pub use proposer::{ProposerSubject, proposer_suite};
 pub use trial::{Failure, Trial, run};

@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a failing test may panic")]
 
+use polyattn_api::Registry;
+use polyattn_conformance::{ProposerSubject, proposer_suite};
 use polyattn_device::Device;
 use polyattn_e2e::{assert_same_up_to_ties, devices, engine, greedy, smollm2, tests_folder};
 use polyattn_engine::{EngineOptions, SpeculativeOptions};
@@ -154,4 +156,31 @@ fn acceptance_agrees_with_an_independent_implementation() {
     }
     let (got, want) = (1.0 + got_tokens / got_steps, 1.0 + want_tokens / want_steps);
     assert!((got / want - 1.0).abs() < 0.07, "mean acceptance length {got:.3}, reference {want:.3}");
+}
+
+/// What the kit asks of a drafter holds at a real size too, and as much is accepted as this one was trained for. That its
+/// tokens are the target's is seen above.
+#[test]
+fn the_trained_drafter_passes_the_kit() {
+    let Some(source) = smollm2() else { return };
+    let golden: Runs = golden("smollm2-dflash.json");
+    // Code, prose and maths.
+    let prompts = golden.runs.into_iter().skip(3).step_by(3).map(|run| run.prompt_ids).collect();
+    let subject = ProposerSubject::new()
+        .target(source.path())
+        .checkpoint(tests_folder("models/smollm2-135m-dflash"))
+        .prompts(prompts)
+        .acceptance_floor(2.0);
+    let dflash = Registry::global().unwrap().proposer("dflash").unwrap();
+    let mut failures = Vec::new();
+    for trial in proposer_suite(&dflash, &subject, &Device::cpu()) {
+        let name = trial.name().to_owned();
+        if name.contains("/generates/") && !name.ends_with("/enough-is-accepted") {
+            continue;
+        }
+        if let Err(failure) = trial.run() {
+            failures.push(format!("{name}: {failure}"));
+        }
+    }
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
 }
