@@ -398,10 +398,20 @@ fn another_anchor_does_not_change_the_tokens() {
     }
 }
 
+#[test]
+fn a_checkpoint_that_the_subject_lacks_is_asked_for() {
+    let failed = failures_of(Arc::new(Misled(Told::Right)), &ProposerSubject::new(), "drafts/chunks-do-not-matter");
+    assert!(failed.values().all(|message| message.contains("'misled' requires a checkpoint")), "{failed:?}");
+    assert_eq!(failed.len(), 1);
+}
+
 /// The failures of a drafter with a fault, by trial; only of those trials whose name ends so.
 fn failures(fault: Fault, wanted: &str) -> BTreeMap<String, String> {
     // Its arithmetic is of 32 bits, and chunks do not change its order.
-    let subject = ProposerSubject::new().acceptance_floor(5.0).tolerance(1e-4);
+    let mut subject = ProposerSubject::new().acceptance_floor(5.0).tolerance(1e-4);
+    if fault == Fault::LoadsWithoutItsCheckpoint {
+        subject = subject.make_checkpoint(|_, _| Ok(()));
+    }
     failures_of(Remembering::made(fault), &subject, wanted)
 }
 

@@ -1,44 +1,4 @@
-//! The kit for proposers.
-//!
-//! [`proposer_suite`] makes the trials of one proposer on one device. Two thirds of them drive the drafter by hand, with
-//! hidden states that are made up and drafts that are accepted and rejected at will: an engine would hide its faults,
-//! because whatever is drafted, the emitted tokens are the target's. The others run it in `polyattn-engine`.
-//!
-//! | trial | what is found |
-//! |---|---|
-//! | `declares/…` | requirements that are not those of the drafter, a hook that takes over the target's backend or forgets non-causal attention, a broken checkpoint that is no error |
-//! | `drafts/…` | hidden states of rejected rows that are kept, rows and positions one off, a history that depends on its chunks, sequences that mix, an identifier that is not forgotten, too many tokens, ids beyond the vocabulary, another answer to the same question, hidden states that are ignored |
-//! | `generates/…` | tokens that are not the target's, a text that ends elsewhere, too little accepted |
-//!
-//! A panic in a proposer fails the trial it happened in, and is named there.
-//!
-//! # In a crate of one's own
-//! A test target without the harness (`harness = false`), with this kit and the backends to draft on as
-//! dev-dependencies:
-//!
-//! ```no_run
-//! # #[derive(Debug, Default)] struct Mine;
-//! # impl polyattn_api::Proposer for Mine {
-//! #     fn name(&self) -> &'static str { "mine" }
-//! #     fn requirements(&self) -> &polyattn_api::ProposerRequirements { unimplemented!() }
-//! #     fn load(&self, _: &polyattn_api::LoadContext<'_>)
-//! #         -> Result<Box<dyn polyattn_api::Drafter>, polyattn_api::ProposerError> { unimplemented!() }
-//! # }
-//! use std::sync::Arc;
-//! use polyattn_api::{Device, Origin, RegisteredProposer};
-//! use polyattn_conformance::{ProposerSubject, proposer_suite};
-//! // The backends that serve the target, and the draft if it runs attention:
-//! // use polyattn_cpu as _;
-//!
-//! fn main() {
-//!     let origin = Origin { crate_name: env!("CARGO_PKG_NAME"), version: env!("CARGO_PKG_VERSION") };
-//!     let mine = RegisteredProposer { origin, proposer: Arc::new(Mine) };
-//!     let subject = ProposerSubject::new().acceptance_floor(2.0);
-//!     let trials = proposer_suite(&mine, &subject, &Device::cpu());
-//!     // … run them
-//!     # let _ = trials;
-//! }
-//! ```
+//! The kit for proposers: [`proposer_suite`] and what it is made of.
 
 mod declared;
 mod drafts;
@@ -91,7 +51,47 @@ const CHECKS: [(&str, Check); 21] = [
 /// The trials of one proposer on one device. Their names are `PROPOSER/DEVICE/…`, or `PROPOSER/SUBJECT/DEVICE/…` where
 /// the subject has one.
 ///
-/// Backends are those that the program registered ([`Registry::global`](polyattn_api::Registry::global)).
+/// Half of them drive the drafter by hand, with hidden states that are made up and drafts that are accepted and rejected
+/// at will: an engine would hide its faults, because whatever is drafted, the emitted tokens are the target's. The others
+/// look at what the proposer declares, and run it in `polyattn-engine`.
+///
+/// | trial | what is found |
+/// |---|---|
+/// | `declares/…` | requirements that are not those of the drafter, a hook that takes over the target's backend or forgets non-causal attention, a broken checkpoint that is no error |
+/// | `drafts/…` | hidden states of rejected rows that are kept, rows that are one off, a history that depends on its chunks, sequences that mix, an identifier that is not forgotten, too many tokens, ids beyond the vocabulary, another answer to the same question, hidden states that are ignored |
+/// | `generates/…` | tokens that are not the target's, a text that ends elsewhere, too little accepted |
+///
+/// What is the same in every run cannot be found by comparing runs: a wrong pairing of rotary embeddings, positions that
+/// are all one off, a mask that is too narrow. For these, give the subject a trained model and an
+/// [`acceptance_floor`](ProposerSubject::acceptance_floor), and compare each stage with an independent implementation.
+///
+/// A panic in a proposer fails the trial it happened in, and is named there. Backends are those that the program
+/// registered ([`Registry::global`](polyattn_api::Registry::global)).
+///
+/// # In a crate of one's own
+/// A test target without the harness (`harness = false`), with this kit and a backend or two as dev-dependencies:
+///
+/// ```no_run
+/// # #[derive(Debug, Default)] struct Mine;
+/// # impl polyattn_api::Proposer for Mine {
+/// #     fn name(&self) -> &'static str { "mine" }
+/// #     fn requirements(&self) -> &polyattn_api::ProposerRequirements { unimplemented!() }
+/// #     fn load(&self, _: &polyattn_api::LoadContext<'_>)
+/// #         -> Result<Box<dyn polyattn_api::Drafter>, polyattn_api::ProposerError> { unimplemented!() }
+/// # }
+/// use std::{process::ExitCode, sync::Arc};
+/// use polyattn_api::{Device, Origin, RegisteredProposer};
+/// use polyattn_conformance::{ProposerSubject, proposer_suite, run};
+/// // The backends that serve the target, and the draft if it runs attention:
+/// // use polyattn_cpu as _;
+///
+/// fn main() -> ExitCode {
+///     let origin = Origin { crate_name: env!("CARGO_PKG_NAME"), version: env!("CARGO_PKG_VERSION") };
+///     let mine = RegisteredProposer { origin, proposer: Arc::new(Mine) };
+///     let subject = ProposerSubject::new().acceptance_floor(2.0);
+///     run(proposer_suite(&mine, &subject, &Device::cpu()))
+/// }
+/// ```
 #[must_use]
 pub fn proposer_suite(proposer: &RegisteredProposer, subject: &ProposerSubject, device: &Device) -> Vec<Trial> {
     let bench = Arc::new(Bench::new(proposer, subject, device));

@@ -227,6 +227,14 @@ impl Ground {
     fn open(bench: &Bench, write: impl Fn(&Path) -> io::Result<()>) -> Result<Self, Failure> {
         let registry = Registry::global().and_then(|all| all.with_proposer(bench.proposer.clone()));
         let registry = registry.map_err(|error| Failure::new(error.to_string()))?;
+        let proposer = &bench.proposer.proposer;
+        if proposer.requirements().checkpoint && matches!(bench.subject.draft, DraftModel::None) {
+            let name = proposer.name();
+            return Err(Failure::new(format!(
+                "proposer '{name}' requires a checkpoint, and the subject has none: give it one with checkpoint() or \
+                 make_checkpoint()"
+            )));
+        }
         let folder = tempfile::tempdir().map_err(|error| Failure::new(format!("no folder for models: {error}")))?;
         let target = match &bench.subject.target {
             Some(path) => path.clone(),
