@@ -51,12 +51,13 @@ enum Fault {
     NeedsNonCausalAndDoesNotAsk,
     AsksForNonCausalUnneeded,
     InheritsTheTargetsBackend,
+    InheritsTheTargetsBackendsPerKind,
     InheritsTheTargetsCausality,
     LoadsWithoutItsCheckpoint,
 }
 
 /// For each fault the trial that finds it, and a part of what it says.
-const FOUND: [(Fault, &str, &str); 29] = [
+const FOUND: [(Fault, &str, &str); 30] = [
     (Fault::KeepsRejectedRows, "drafts/rejected-rows-leave-no-trace", "drafted tokens were accepted"),
     (Fault::KeepsTheFirstRejectedRow, "drafts/rejected-rows-leave-no-trace", "drafted tokens were accepted"),
     (Fault::LosesTheLastAcceptedRow, "drafts/rejected-rows-leave-no-trace", "drafted tokens were accepted"),
@@ -88,6 +89,7 @@ const FOUND: [(Fault, &str, &str); 29] = [
         "declares/targets-backend-is-not-inherited",
         "is 'of-the-target', it must be automatic",
     ),
+    (Fault::InheritsTheTargetsBackendsPerKind, "declares/targets-backend-is-not-inherited", "per phase and kind"),
     (Fault::InheritsTheTargetsCausality, "declares/targets-backend-is-not-inherited", "use_non_causal is true"),
     (Fault::LoadsWithoutItsCheckpoint, "declares/what-cannot-be-loaded-is-an-error", "loads without one"),
 ];
@@ -128,6 +130,9 @@ impl Proposer for Remembering {
             Fault::AsksForNonCausalUnneeded => draft.attention.use_non_causal = true,
             Fault::InheritsTheTargetsBackend if draft.attention.backend == BackendChoice::Auto => {
                 draft.attention.backend = target.attention.backend.clone();
+            }
+            Fault::InheritsTheTargetsBackendsPerKind => {
+                draft.attention.backend_per_kind = target.attention.backend_per_kind.clone();
             }
             Fault::InheritsTheTargetsCausality => draft.attention.use_non_causal = target.attention.use_non_causal,
             _ => {}

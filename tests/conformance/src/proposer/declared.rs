@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use polyattn_api::{BackendChoice, BackendName, EngineConfig, ProposerError, TargetFacts, default_draft_config};
+use polyattn_api::{BackendChoice, BackendName, EngineConfig, Phase, ProposerError, TargetFacts, default_draft_config};
 
 use super::failed;
 use super::{drive::Stage, subject::Bench};
@@ -84,6 +84,11 @@ pub(super) fn the_targets_backend_is_not_inherited(bench: &Bench) -> Result<(), 
                 for moe in [None, Some("of-the-draft")] {
                     let mut config = base.clone();
                     config.attention.backend = target.and_then(BackendName::parse).into();
+                    if let Some(name) = target.and_then(BackendName::parse) {
+                        let attention = &mut config.attention;
+                        attention.backend_per_phase.insert(Phase::Verify, BackendChoice::Require(name.clone()));
+                        attention.backend_per_kind.insert("full".into(), BackendChoice::Require(name));
+                    }
                     config.attention.use_non_causal = non_causal;
                     config.kernel.moe_backend = Some("of-the-target".into());
                     if let Some(speculative) = &mut config.speculative {
@@ -125,6 +130,18 @@ fn check_hook(bench: &Bench, config: &EngineConfig, plain: &EngineConfig, rows: 
              target's",
             name(&got.attention.backend),
             name(&default.attention.backend)
+        )));
+    }
+    let finer = |config: &EngineConfig| {
+        let attention = &config.attention;
+        (attention.backend_per_phase.clone(), attention.backend_per_kind.clone())
+    };
+    if finer(&got) != finer(&default) {
+        return Err(Failure::new(format!(
+            "{rows}: the draft's backends per phase and kind are {:?}, they must be {:?}: what the speculative section \
+             says, and nothing of the target's",
+            finer(&got),
+            finer(&default)
         )));
     }
     if got.attention.use_non_causal != plain.attention.use_non_causal {
