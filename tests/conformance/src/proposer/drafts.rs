@@ -2,10 +2,7 @@
 
 use polyattn_api::ProposerError;
 
-use super::{
-    drive::{Part, Stage},
-    subject::Bench,
-};
+use super::{drive::Stage, subject::Bench, text::Part};
 use crate::Failure;
 
 /// Tokens of a text when its first draft is asked for: over the end of a page.

@@ -5,6 +5,7 @@ mod drafts;
 mod drive;
 mod generation;
 mod subject;
+mod text;
 
 use std::{
     any::Any,

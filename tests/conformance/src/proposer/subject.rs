@@ -281,7 +281,7 @@ impl Ground {
         let mut layer = LayerConfig::gqa("full", model.layers, model.query_heads, model.kv_heads, model.head_dim);
         layer.window = model.window(0).map(WindowConfig::Keys);
         let target = ModelConfig { dtype: polyattn_api::DType::F16, layers: vec![layer] };
-        let config = serde_json::json!({ "target": target, "kv_cache": { "page_size": super::drive::PAGE } });
+        let config = serde_json::json!({ "target": target, "kv_cache": { "page_size": super::text::PAGE } });
         let mut config: EngineConfig = serde_json::from_value(config).map_err(|error| fail(&error))?;
         let draft = match &self.checkpoint {
             Some(path) => self.proposer.proposer.describe(path, &self.facts).map_err(|error| fail(&error))?,
