@@ -4,8 +4,7 @@ use std::path::Path;
 
 use polyattn_api::{BackendChoice, BackendName, EngineConfig, Phase, ProposerError, TargetFacts, default_draft_config};
 
-use super::failed;
-use super::{drive::Stage, subject::Bench};
+use super::{drive::Stage, failed, subject::Bench};
 use crate::Failure;
 
 /// Tokens that no engine has room for in one draft.

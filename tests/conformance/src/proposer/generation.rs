@@ -4,8 +4,10 @@ use std::ops::ControlFlow;
 
 use polyattn_engine::{Engine, Generation, Request, Sampling, StopReason};
 
-use super::failed;
-use super::subject::{Bench, CONTEXT};
+use super::{
+    failed,
+    subject::{Bench, CONTEXT},
+};
 use crate::Failure;
 
 /// New tokens of a run.
