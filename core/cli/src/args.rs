@@ -2,8 +2,8 @@
 
 use std::{convert::Infallible, ffi::OsString, io::IsTerminal, process::ExitCode};
 
+use crate::device::DeviceChoice;
 use clap::{ArgAction, Parser, Subcommand, error::ErrorKind};
-use polyattn::device::DeviceChoice;
 use tracing_subscriber::EnvFilter;
 
 use crate::{

@@ -34,7 +34,7 @@
 //! |---|---|
 //! | `cpu`, `plain`, `flash` | the attention backend of this name |
 //! | `ngram`, `dflash` | the proposer of this name |
-//! | `program` | the `polyattn` program, and [`models`] |
+//! | `program` | the `polyattn` program, also as a function of a library ([`program`]), and [`models`] |
 //!
 //! All are on by default. An engine that brings plugins of its own turns the default features off, names those it
 //! wants, and says `use my_backend as _;` for its own.
@@ -42,7 +42,19 @@
 #![forbid(unsafe_code)]
 
 #[cfg(feature = "program")]
+mod args;
+#[cfg(feature = "program")]
+mod commands;
+#[cfg(feature = "program")]
+mod failure;
+#[cfg(feature = "program")]
+mod interrupt;
+#[cfg(feature = "program")]
 pub mod models;
+#[cfg(feature = "program")]
+mod output;
+#[cfg(feature = "program")]
+pub mod program;
 
 pub use polyattn_api as api;
 #[cfg(feature = "cpu")]

@@ -2,20 +2,11 @@
 
 #![deny(unsafe_code)]
 
-mod args;
-mod commands;
-mod failure;
-mod interrupt;
-mod output;
-
 use std::process::ExitCode;
-
-// Names the facade, and with it every plugin whose feature is on: without, nothing would be registered.
-use polyattn as _;
 
 fn main() -> ExitCode {
     quieten_mesa();
-    args::run()
+    polyattn::program::run()
 }
 
 /// Mesa's drivers look for a Wayland socket and print an error where there is no folder for one, which is so in every

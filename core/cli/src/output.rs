@@ -2,8 +2,8 @@
 
 use std::io::{ErrorKind, Write};
 
+use crate::device::{Device, DeviceChoice};
 use comfy_table::Table;
-use polyattn::device::{Device, DeviceChoice};
 use serde::Serialize;
 
 use crate::failure::Failure;

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use polyattn::{
+use crate::{
     api::{Capabilities, Decline, RegisteredBackend, Registry},
     device::{Device, DeviceFacts},
 };
@@ -191,7 +191,7 @@ fn cell(value: &Value) -> String {
 
 #[cfg(test)]
 mod tests {
-    use polyattn::api::{DType, DeviceNeed, Dims, DtypeSet, KvDType, KvDtypeSet, Phase, PhaseSet};
+    use crate::api::{DType, DeviceNeed, Dims, DtypeSet, KvDType, KvDtypeSet, Phase, PhaseSet};
 
     use super::*;
 

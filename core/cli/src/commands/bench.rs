@@ -2,7 +2,7 @@
 
 use std::{ops::ControlFlow, path::PathBuf, time::Instant};
 
-use polyattn::{
+use crate::{
     engine::{Engine, EngineOptions, Request},
     nn::load::ChatMessage,
 };
@@ -276,7 +276,7 @@ fn measure_ceilings() -> Ceilings {
     let side = 1024;
     let (a, b) = (vec![0.5f32; side * side], vec![0.25f32; side * side]);
     let mut product = vec![0f32; side * side];
-    let gemm = best(&mut || polyattn::nn::ops::matrix_product(&a, &b, &mut product, side, side, side));
+    let gemm = best(&mut || crate::nn::ops::matrix_product(&a, &b, &mut product, side, side, side));
     Ceilings {
         copy_gigabytes_per_second: (words * 8) as f64 / copy / 1e9,
         gemm_gigaflops: 2.0 * (side as f64).powi(3) / gemm / 1e9,

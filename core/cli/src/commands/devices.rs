@@ -1,6 +1,6 @@
 //! `polyattn devices`.
 
-use polyattn::device::{Device, DeviceFacts};
+use crate::device::{Device, DeviceFacts};
 use serde::Serialize;
 
 use crate::{

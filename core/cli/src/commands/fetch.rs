@@ -2,8 +2,8 @@
 
 use std::sync::atomic::AtomicBool;
 
+use crate::models::{self, Fetched, KnownModel, Progress};
 use indicatif::{ProgressBar, ProgressStyle};
-use polyattn::models::{self, Fetched, KnownModel, Progress};
 use serde::Serialize;
 
 use crate::{
@@ -62,7 +62,6 @@ pub(crate) fn fetch(model: &KnownModel, interrupted: &AtomicBool) -> Result<Fetc
                 format!("downloading {}: {} of {}", model.name, output::bytes(bytes), output::bytes(total))
             }
             Progress::Unpacking => format!("unpacking {}", model.name),
-            _ => model.name.to_owned(),
         });
         bar.tick();
     });

@@ -8,7 +8,7 @@ use std::{
     sync::atomic::Ordering,
 };
 
-use polyattn::{
+use crate::{
     api::{EngineConfig, ModelConfig},
     engine::{Acceptance, Backends, Engine, EngineOptions, Generation, RecordOptions, Request, Sampling, StopReason},
     nn::load::{ChatMessage, Detokenizer},
@@ -351,7 +351,7 @@ mod tests {
     use clap::Parser;
 
     use super::*;
-    use polyattn::api::BackendName;
+    use crate::api::BackendName;
 
     use crate::commands::options::ProposerChoice;
 

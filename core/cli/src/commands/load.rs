@@ -2,14 +2,14 @@
 
 use std::path::{Path, PathBuf};
 
-use indicatif::{ProgressBar, ProgressStyle};
-use polyattn::{
+use crate::{
     api::Registry,
     device::Device,
     engine::{Engine, EngineOptions, SpeculativeOptions},
     models::{self, KnownModel},
     nn::load::ModelSource,
 };
+use indicatif::{ProgressBar, ProgressStyle};
 
 use super::{
     fetch,

@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use polyattn::api::{AttentionConfig, BackendChoice, BackendName};
+use crate::api::{AttentionConfig, BackendChoice, BackendName};
 use serde::{Deserialize, de::DeserializeOwned};
 
 use crate::failure::Failure;

@@ -1,6 +1,6 @@
 //! `polyattn proposers`.
 
-use polyattn::api::Registry;
+use crate::api::Registry;
 use serde::Serialize;
 
 use crate::{

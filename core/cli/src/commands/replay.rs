@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use polyattn::{
+use crate::{
     api::{BackendName, Decline, Device, Policy, RegisteredBackend, Registry, select},
     replay::{Case, Comparison, Outcome, ReplayError},
 };

@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use polyattn::api::{EngineConfig, Phase, Policy, Registry, Resolution, ResolvedLayer, Role, resolve};
+use crate::api::{EngineConfig, Phase, Policy, Registry, Resolution, ResolvedLayer, Role, resolve};
 use serde::de::DeserializeOwned;
 
 use crate::{
