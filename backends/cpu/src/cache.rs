@@ -3,7 +3,7 @@
 use std::{ops::Range, sync::LazyLock};
 
 use half::{bf16, f16};
-use polyattn_api::{BackendError, BatchLayout, KvDType};
+use polyattn_api::{BackendError, BatchLayout, KvDType, KvLayout};
 
 use crate::lanes::{self, Isa};
 
@@ -89,6 +89,8 @@ pub(crate) struct Paged<'a> {
     pub(crate) width: usize,
     /// Rows of a slot: the heads.
     pub(crate) heads: usize,
+    /// How rows follow each other.
+    pub(crate) layout: KvLayout,
 }
 
 impl Paged<'_> {
@@ -102,7 +104,7 @@ impl Paged<'_> {
         (dim, stride): (usize, usize),
         into: &mut [f32],
     ) {
-        let row_of = |slot: usize| slot * self.heads + head;
+        let row_of = |slot: usize| self.layout.row(slot, head, self.heads, batch.page_size as usize);
         let mut rows = into.chunks_mut(stride);
         let (mut key, last) = (keys.start, batch.kv_len[sequence].saturating_sub(1));
         while key < keys.end {

@@ -1,10 +1,11 @@
-use polyattn_api::{Capabilities, DType, DeviceNeed, Dims, DtypeSet, KvDType, KvDtypeSet, Phase, PhaseSet};
+use polyattn_api::{Capabilities, DType, DeviceNeed, Dims, DtypeSet, KvDType, KvDtypeSet, KvLayout, Phase, PhaseSet};
 
 /// Everything that a problem can ask for.
 pub(crate) const CAPABILITIES: Capabilities = Capabilities::none(DeviceNeed::Cpu)
     .gqa(Dims::Any)
     .value_dims(Dims::Any)
     .mla(Dims::Any, Dims::Any)
+    .kv_layouts(&[KvLayout::PageTokenHead, KvLayout::PageHeadToken, KvLayout::PageTokenLatent])
     .causal()
     .non_causal()
     .per_sequence_causal()

@@ -147,12 +147,14 @@ impl AttentionKernel for CpuKernel {
                 stored: Stored::new("k_cache", within(&k_cache, &io.k_cache), problem.kv_dtype, key_scales)?,
                 width,
                 heads,
+                layout: problem.kv_layout,
             },
             values: Paged {
                 stored: Stored::new("v_cache", within(&v_cache, v_slice), problem.kv_dtype, value_scales)?,
                 // The latent is the beginning of the key's row.
                 width: if matches!(kind, AttentionKind::Mla { .. }) { width } else { kind.output_dim() as usize },
                 heads,
+                layout: problem.kv_layout,
             },
             sinks: floats(io.sinks.filter(|_| problem.sinks))?,
             slopes: floats(io.alibi_slopes.filter(|_| problem.alibi))?,

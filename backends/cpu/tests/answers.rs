@@ -5,8 +5,8 @@
 use std::path::PathBuf;
 
 use polyattn_api::{
-    AttentionIo, AttentionKind, AttentionProblem, BackendError, BatchLayout, DType, Decline, Device, KvDType, Mask,
-    Plan, PlanPool, Registry, Window,
+    AttentionIo, AttentionKind, AttentionProblem, BackendError, BatchLayout, DType, Decline, Device, KvDType, KvLayout,
+    Mask, Plan, PlanPool, Registry, Window,
 };
 use polyattn_cpu as _;
 use polyattn_replay::{
@@ -92,7 +92,11 @@ fn every_feature_in_every_format() {
                     if whole_matrix || turn || (row, column) == (0, 0) {
                         let mut spec = Spec { kv_dtype, ..Spec::new(kind, dtype, &SEQUENCES) };
                         change(&mut spec);
-                        check(&format!("{name}, {dtype} over {kv_dtype}, {kind:?}"), &random::case(seed as u64, &spec));
+                        let mut case = random::case(seed as u64, &spec);
+                        if column % 2 == 1 && kind != MLA {
+                            case.problem.kv_layout = KvLayout::PageHeadToken;
+                        }
+                        check(&format!("{name}, {dtype} over {kv_dtype}, {kind:?}"), &case);
                     }
                 }
             }

@@ -43,7 +43,11 @@ var<workgroup> row_slope: array<vec4<f32>, QUADS>;
 fn keys_of(sequence: u32, query: u32) -> vec2<u32> {
     let length = sequence_kv_len(sequence);
     let position = length - sequence_queries(sequence) + query;
-    var end = select(length, position + 1u, sequence_causal(sequence));
+    var end = length;
+    if (sequence_causal(sequence)) {
+        end = position + 1u;
+        if (SPANS) { end = max(end, row_reach(sequence_start(sequence) + query) + 1u); }
+    }
     if (call.right < length - position) { end = min(end, position + call.right + 1u); }
     return vec2<u32>(position - min(position, call.left), end);
 }
@@ -116,19 +120,20 @@ fn attend(at: Invocation) {
     var sums: array<vec4<f32>, QUADS * 8u>;
     for (var quad = 0u; quad < QUADS; quad++) { highest[quad] = vec4<f32>(LOWEST); }
     // The last threads of a slice wider than the head repeat its last elements; nobody merges theirs.
-    let column = min(thread % LANES * 8u, HEAD_DIM - 8u);
+    let column = min(thread % LANES * 8u, VALUE_DIM - 8u);
 
     for (var tile = lo / THREADS * THREADS; tile < hi; tile += THREADS) {
         let key = tile + thread;
         let slice_key = tile + slice * LANES;
         // Whether a row may see a key of the slice.
         let busy = slice_key < hi && slice_key + LANES > lo;
-        var place = 0u;
+        var cached = 0u;
         var x: array<vec4<f32>, QUADS>;
         if (busy) {
             // Keys that no row sees give way to one that some row sees: what lies there may be anything, even under a
             // weight of zero.
-            place = (slot(sequence, clamp(key, lo, hi - 1u)) * call.kv_heads + kv_head) * HEAD_DIM;
+            cached = cache_row(slot(sequence, clamp(key, lo, hi - 1u)), kv_head, call.kv_heads);
+            let place = cached * HEAD_DIM;
             for (var d = 0u; d < HEAD_DIM; d += 8u) {
                 let elements = k_load8(place + d);
                 let a = elements[0];
@@ -147,7 +152,13 @@ fn attend(at: Invocation) {
                 }
             }
         }
-        places[thread] = place;
+        places[thread] = cached * VALUE_DIM;
+        var value_scale = 1.0;
+        if (SCALED && busy) {
+            let key_scale = k_scale_of(cached);
+            value_scale = v_scale_of(cached);
+            for (var quad = 0u; quad < QUADS; quad++) { x[quad] *= key_scale; }
+        }
         for (var quad = 0u; quad < QUADS; quad++) {
             var seen = vec4<u32>(key) >= row_first[quad] & vec4<u32>(key) < row_end[quad];
             if (TREE) {
@@ -182,7 +193,11 @@ fn attend(at: Invocation) {
             for (var i = 0u; i < 8u; i++) { sums[quad * 8u + i] *= shrink; }
         }
         SCORE_BARRIER
-        for (var quad = 0u; quad < QUADS; quad++) { exchange[quad * THREADS + thread] = x[quad]; }
+        for (var quad = 0u; quad < QUADS; quad++) {
+            // The scale of a key's values goes into its weight, once for all of them.
+            if (SCALED) { x[quad] *= value_scale; }
+            exchange[quad * THREADS + thread] = x[quad];
+        }
         workgroupBarrier();
 
         if (busy) {
@@ -221,7 +236,7 @@ fn attend(at: Invocation) {
         let slice_weights = slice_sum(total[0], thread);
         if (thread % LANES == 0u) { slice_total[slice] = slice_weights * share; }
 
-        var merged = vec4<f32>();
+        var merged: array<vec4<f32>, COLUMNS>;
         for (var round = 0u; round < rounds; round++) {
             if (slice / (SLICES / ROUNDS) == round) {
                 for (var i = 0u; i < 8u; i++) {
@@ -229,8 +244,11 @@ fn attend(at: Invocation) {
                 }
             }
             workgroupBarrier();
-            if (thread < HEAD_DIM) {
-                for (var s = 0u; s < SLICES / ROUNDS; s++) { merged += scratch[s * LANES * 8u + thread]; }
+            for (var c = 0u; c < COLUMNS; c++) {
+                let i = thread + c * THREADS;
+                if (i < VALUE_DIM) {
+                    for (var s = 0u; s < SLICES / ROUNDS; s++) { merged[c] += scratch[s * LANES * 8u + i]; }
+                }
             }
             workgroupBarrier();
         }
@@ -251,8 +269,11 @@ fn attend(at: Invocation) {
                     factor = exp(top[r] - base);
                     divisor = fma(divisor, factor, exp(sink_of(head) - base));
                 }
-                if (thread < HEAD_DIM) {
-                    out[place * HEAD_DIM + thread] = select(0.0, merged[r] * factor / divisor, divisor > 0.0);
+                for (var c = 0u; c < COLUMNS; c++) {
+                    let i = thread + c * THREADS;
+                    if (i < VALUE_DIM) {
+                        out[place * VALUE_DIM + i] = select(0.0, merged[c][r] * factor / divisor, divisor > 0.0);
+                    }
                 }
                 if (thread == 0u) {
                     write_lse(place, select(call.nothing, fma(log2(divisor), LN_2, base), divisor > 0.0));

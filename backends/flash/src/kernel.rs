@@ -1,6 +1,7 @@
 use bytemuck::{Pod, Zeroable};
 use polyattn_api::{
-    AttentionIo, AttentionKernel, AttentionProblem, BackendError, BatchLayout, Commands, Device, Plan, PlanPool,
+    AttentionIo, AttentionKernel, AttentionProblem, BackendError, BatchLayout, Commands, Device, KvDType, Plan,
+    PlanPool,
     device::{Pipeline, PipelineSpec},
 };
 
@@ -47,7 +48,7 @@ impl Kernel {
     pub(crate) fn new(device: &Device, problem: &AttentionProblem, exchange: Exchange) -> Result<Self, BackendError> {
         let limit = device.facts().limits.workgroup_bytes;
         let bindings = Variant::bindings(problem);
-        let pipelines = Variant::all(problem.kind.query_dim(), exchange, limit)
+        let pipelines = Variant::all(problem.kind, exchange, limit)
             .map(|variant| {
                 let pipeline = device.pipeline(&PipelineSpec {
                     label: "flash",
@@ -131,8 +132,10 @@ impl AttentionKernel for Kernel {
             io.lse.filter(|_| problem.lse),
             io.sinks.filter(|_| problem.sinks),
             io.alibi_slopes.filter(|_| problem.alibi),
+            io.k_scale.filter(|_| problem.kv_dtype == KvDType::Q8),
+            io.v_scale.filter(|_| problem.kv_dtype == KvDType::Q8),
         ];
-        let mut slices = [index, io.q, io.k_cache, io.v_cache, io.out, io.out, io.out, io.out];
+        let mut slices = [index, io.q, io.k_cache, io.v_cache, io.out, io.out, io.out, io.out, io.out, io.out];
         let mut bound = 5;
         for slice in optional.into_iter().flatten() {
             slices[bound] = slice;

@@ -6,9 +6,12 @@
 //! # Structure
 //! A work item is one KV head and up to 16 *rows* of one sequence: a row is a query row and one query head of the
 //! group, so that keys and values are read once for all heads that share them. One workgroup of 256 threads serves an
-//! item. Threads form *slices*, each wide enough to cover a head with 8 elements a thread. Slice g takes keys g·w to
+//! item. Threads form *slices*, each wide enough to cover a value with 8 elements a thread. Slice g takes keys g·w to
 //! g·w + w − 1 of every tile of 256 keys, w being its width: each thread scores one key for all rows, then sums its 8
 //! elements of the slice's values. A slice keeps an online softmax of its own, and slices are merged once at the end.
+//! Elements are read through loaders by format, of 8 bits too; the scale of a key multiplies its score, that of a value
+//! its weight.
+//!
 //! Where a slice lies within a subgroup, its maximum goes by shuffles and the loop over the keys has half the barriers.
 //!
 //! # What follows
@@ -28,7 +31,7 @@ use std::sync::Arc;
 
 use polyattn_api::{
     AttentionBackend, AttentionKernel, AttentionProblem, BackendError, Capabilities, Decline, Device, DeviceFacts,
-    Mask, register_backend,
+    register_backend,
 };
 
 /// The backend's descriptor.
@@ -46,9 +49,10 @@ impl AttentionBackend for Flash {
 
     fn declines(&self, problem: &AttentionProblem, device: &DeviceFacts) -> Vec<Decline> {
         let mut reasons = self.capabilities().declines(problem, device);
-        // A sequence's own causality would take the place of its tree, which the kernel holds fixed.
-        if problem.per_sequence_causal && problem.mask == Mask::Tree {
-            reasons.push(Decline::Other("tree mask with per-sequence causality".into()));
+        let (needed, available) = (shader::Variant::bindings(problem).len(), device.limits.storage_buffers);
+        if !device.is_cpu() && needed > available as usize {
+            let what = format!("{needed} storage buffers in one kernel, where the device has {available},");
+            reasons.push(Decline::Other(what.into()));
         }
         reasons
     }

@@ -3,17 +3,21 @@
 use std::fmt::Write;
 
 use polyattn_api::{
-    AttentionProblem, BATCH_WGSL, DType, DeviceFacts, Mask,
-    device::{Access, wgsl},
+    AttentionKind, AttentionProblem, BATCH_WGSL, DeviceFacts, KvDType, Mask,
+    device::{
+        Access,
+        wgsl::{self, Byte},
+    },
 };
 
-pub(crate) const MIN_HEAD_DIM: u32 = 32;
-pub(crate) const MAX_HEAD_DIM: u32 = 256;
+/// Of queries and keys, and of values.
+pub(crate) const MIN_DIM: u32 = 16;
+pub(crate) const MAX_DIM: u32 = 512;
 
 /// Threads of a workgroup, and keys of a tile: each thread scores one key.
 const THREADS: u32 = 256;
 
-/// Elements of a head that one thread sums.
+/// Elements of a value that one thread sums.
 const ELEMENTS: u32 = 8;
 
 /// Vectors of four rows that the memory shared by queries and merging holds.
@@ -21,7 +25,7 @@ const SCRATCH: u32 = 512;
 
 /// Workgroup memory of the smallest tile of rows on any device: what the capabilities ask for.
 pub(crate) const LEAST_WORKGROUP_BYTES: u32 =
-    Variant { quads: 1, head_dim: MIN_HEAD_DIM, exchange: Exchange::Workgroup }.workgroup_bytes();
+    Variant { quads: 1, head_dim: MIN_DIM, value_dim: MIN_DIM, exchange: Exchange::Workgroup }.workgroup_bytes();
 
 /// How the threads of a slice see each other's scores.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,7 +39,7 @@ pub(crate) enum Exchange {
 impl Exchange {
     /// Shuffles, where every subgroup of the device holds whole slices.
     pub(crate) fn choose(problem: &AttentionProblem, facts: &DeviceFacts) -> Self {
-        let fits = facts.subgroup_min >= lanes(problem.kind.query_dim())
+        let fits = facts.subgroup_min >= lanes(problem.kind.output_dim())
             && [facts.subgroup_min, facts.subgroup_max]
                 .iter()
                 .all(|width| width.is_power_of_two() && *width <= THREADS);
@@ -43,9 +47,11 @@ impl Exchange {
     }
 }
 
-/// Threads of a slice: a power of two, so that slices tile a subgroup.
-const fn lanes(head_dim: u32) -> u32 {
-    head_dim.div_ceil(ELEMENTS).next_power_of_two()
+/// Threads of a slice: a power of two, so that slices tile a subgroup, and not so few that what is kept for each slice
+/// would outgrow 16 KiB.
+const fn lanes(value_dim: u32) -> u32 {
+    let lanes = value_dim.div_ceil(ELEMENTS).next_power_of_two();
+    if lanes < 4 { 4 } else { lanes }
 }
 
 /// What is chosen for a device, apart from what the problem says.
@@ -54,15 +60,17 @@ pub(crate) struct Variant {
     /// Vectors of four rows in a work item.
     pub(crate) quads: u32,
     pub(crate) head_dim: u32,
+    pub(crate) value_dim: u32,
     pub(crate) exchange: Exchange,
 }
 
 impl Variant {
     /// The tiles of rows that `limit` bytes of workgroup memory allow, smallest first.
-    pub(crate) fn all(head_dim: u32, exchange: Exchange, limit: u32) -> impl Iterator<Item = Self> {
+    pub(crate) fn all(kind: AttentionKind, exchange: Exchange, limit: u32) -> impl Iterator<Item = Self> {
+        let (head_dim, value_dim) = (kind.query_dim(), kind.output_dim());
         [1, 2, 4]
             .into_iter()
-            .map(move |quads| Self { quads, head_dim, exchange })
+            .map(move |quads| Self { quads, head_dim, value_dim, exchange })
             .filter(move |variant| head_dim * variant.quads <= SCRATCH && variant.workgroup_bytes() <= limit)
     }
 
@@ -72,7 +80,7 @@ impl Variant {
     }
 
     const fn slices(self) -> u32 {
-        THREADS / lanes(self.head_dim)
+        THREADS / lanes(self.value_dim)
     }
 
     const fn workgroup_bytes(self) -> u32 {
@@ -83,30 +91,49 @@ impl Variant {
     /// The bindings of [`source`](Self::source).
     pub(crate) fn bindings(problem: &AttentionProblem) -> Vec<Access> {
         use Access::{Read, ReadWrite};
-        let optional = [(problem.lse, ReadWrite), (problem.sinks, Read), (problem.alibi, Read)];
+        let scaled = problem.kv_dtype == KvDType::Q8;
+        let optional =
+            [(problem.lse, ReadWrite), (problem.sinks, Read), (problem.alibi, Read), (scaled, Read), (scaled, Read)];
         let optional = optional.into_iter().filter(|(wanted, _)| *wanted).map(|(_, access)| access);
         [Read, Read, Read, Read, ReadWrite].into_iter().chain(optional).collect()
     }
 
     /// The whole text.
     pub(crate) fn source(self, problem: &AttentionProblem) -> String {
-        let kv_dtype = problem.kv_dtype.as_dtype().unwrap_or(DType::F32);
-        let mut text = [wgsl::PREAMBLE, BATCH_WGSL].concat();
-        for (binding, name, dtype) in [(1, "q", problem.dtype), (2, "k", kv_dtype), (3, "v", kv_dtype)] {
-            text += &wgsl::storage_loader(binding, name, dtype);
+        let mut text = [wgsl::PREAMBLE, BATCH_WGSL, problem.kv_layout.wgsl()].concat();
+        text += &wgsl::storage_loader(1, "q", problem.dtype);
+        let byte = match problem.kv_dtype {
+            KvDType::F8E4M3 => Byte::E4M3,
+            KvDType::F8E5M2 => Byte::E5M2,
+            _ => Byte::I8,
+        };
+        if problem.kv_dtype.as_dtype().is_none() {
+            text += wgsl::BYTES_PREAMBLE;
+        }
+        for (binding, name) in [(2, "k"), (3, "v")] {
+            text += &match problem.kv_dtype.as_dtype() {
+                Some(dtype) => wgsl::storage_loader(binding, name, dtype),
+                None => wgsl::byte_loader(binding, name, byte),
+            };
         }
         for (name, value) in [
             ("THREADS", THREADS),
             ("SCRATCH", SCRATCH),
             ("QUADS", self.quads),
-            ("LANES", lanes(self.head_dim)),
+            ("LANES", lanes(self.value_dim)),
             ("SLICES", self.slices()),
             ("HEAD_DIM", self.head_dim),
+            ("VALUE_DIM", self.value_dim),
+            ("COLUMNS", self.value_dim.div_ceil(THREADS)),
         ] {
             let _ = writeln!(text, "const {name}: u32 = {value}u;");
         }
+        let scaled = problem.kv_dtype == KvDType::Q8;
         for (name, value) in [
-            ("TREE", problem.mask == Mask::Tree),
+            // A sequence's own causality stands over its tree.
+            ("TREE", problem.mask == Mask::Tree && !problem.per_sequence_causal),
+            ("SPANS", problem.prefix_spans),
+            ("SCALED", scaled),
             ("SOFTCAP", problem.softcap.is_some()),
             ("SINKS", problem.sinks),
             ("ALIBI", problem.alibi),
@@ -141,6 +168,18 @@ impl Variant {
             "fn slope_of(head: u32) -> f32 { return slopes[head]; }\n",
             "fn slope_of(head: u32) -> f32 { return 0.0; }\n",
         );
+        optional(
+            scaled,
+            "var<storage, read> k_scale: array<f32>;",
+            "fn k_scale_of(row: u32) -> f32 { return k_scale[row]; }\n",
+            "fn k_scale_of(row: u32) -> f32 { return 1.0; }\n",
+        );
+        optional(
+            scaled,
+            "var<storage, read> v_scale: array<f32>;",
+            "fn v_scale_of(row: u32) -> f32 { return v_scale[row]; }\n",
+            "fn v_scale_of(row: u32) -> f32 { return 1.0; }\n",
+        );
 
         // Barriers must stand in the entry point, so they are put there as text.
         let (exchange, barrier) = match self.exchange {
@@ -156,30 +195,35 @@ impl Variant {
 /// The variants there are, for tests: whatever takes part in the text varies against the rest of it at least once.
 #[cfg(test)]
 pub(crate) fn variants() -> impl Iterator<Item = (Variant, AttentionProblem)> {
-    use polyattn_api::AttentionKind;
+    use polyattn_api::{DType, KvLayout};
 
-    let problem = |head_dim| {
-        let kind = AttentionKind::Gqa { query_heads: 9, kv_heads: 3, head_dim, value_dim: head_dim };
+    let problem = |head_dim, value_dim| {
+        let kind = AttentionKind::Gqa { query_heads: 9, kv_heads: 3, head_dim, value_dim };
         AttentionProblem::new(kind, DType::F16)
     };
-    let dims = (MIN_HEAD_DIM..=MAX_HEAD_DIM).step_by(8).map(problem);
+    let sizes = (MIN_DIM..=MAX_DIM).step_by(8);
+    let dims = sizes.clone().map(move |dim| problem(dim, dim)).chain(sizes.step_by(4).map(move |dim| problem(64, dim)));
     let dtypes = [DType::F32, DType::F16, DType::BF16];
-    let dtypes = dtypes.into_iter().flat_map(move |dtype| dtypes.map(|kv_dtype| (dtype, kv_dtype)));
+    let dtypes = dtypes.into_iter().flat_map(move |dtype| KvDType::ALL.map(|kv_dtype| (dtype, kv_dtype)));
     let dtypes = dtypes.map(move |(dtype, kv_dtype)| {
-        let mut problem = problem(64);
-        (problem.dtype, problem.kv_dtype) = (dtype, kv_dtype.into());
+        let mut problem = problem(64, 64);
+        (problem.dtype, problem.kv_dtype) = (dtype, kv_dtype);
         problem
     });
-    let features = (0..32u32).map(move |bits| {
-        let mut problem = problem(64).mask(if bits & 1 == 1 { Mask::Tree } else { Mask::Causal });
+    let features = (0..128u32).map(move |bits| {
+        let mut problem = problem(64, 64).mask(if bits & 1 == 1 { Mask::Tree } else { Mask::Causal });
         problem.softcap = (bits & 2 != 0).then_some(30.0);
         (problem.sinks, problem.alibi, problem.lse) = (bits & 4 != 0, bits & 8 != 0, bits & 16 != 0);
+        problem.prefix_spans = bits & 32 != 0;
+        if bits & 64 != 0 {
+            (problem.kv_dtype, problem.kv_layout) = (KvDType::Q8, KvLayout::PageHeadToken);
+        }
         problem
     });
     dims.chain(dtypes).chain(features).flat_map(|problem| {
         [Exchange::Subgroup, Exchange::Workgroup].into_iter().flat_map(move |exchange| {
             let problem = problem.clone();
-            Variant::all(problem.kind.query_dim(), exchange, u32::MAX).map(move |variant| (variant, problem.clone()))
+            Variant::all(problem.kind, exchange, u32::MAX).map(move |variant| (variant, problem.clone()))
         })
     })
 }

@@ -10,7 +10,7 @@ use naga::{
 };
 use polyattn_api::{
     AttentionBackend, AttentionKernel, AttentionKind, AttentionProblem, BackendError, BatchLayout, Capabilities, DType,
-    Device, DeviceFacts, Window, device::DeviceChoice,
+    Device, DeviceFacts, KvDType, Window, device::DeviceChoice,
 };
 use polyattn_replay::{
     Case, Comparison, Outcome,
@@ -64,9 +64,10 @@ fn translates() {
 fn least_workgroup_memory_serves_every_head_dim() {
     let least = shader::LEAST_WORKGROUP_BYTES;
     assert!(least <= 16 << 10, "{least} bytes");
-    for head_dim in (shader::MIN_HEAD_DIM..=shader::MAX_HEAD_DIM).step_by(8) {
+    for dim in (shader::MIN_DIM..=shader::MAX_DIM).step_by(8) {
+        let kind = AttentionKind::Gqa { query_heads: 1, kv_heads: 1, head_dim: dim, value_dim: dim };
         for exchange in [Exchange::Subgroup, Exchange::Workgroup] {
-            assert!(Variant::all(head_dim, exchange, least).next().is_some(), "{head_dim} {exchange:?}");
+            assert!(Variant::all(kind, exchange, least).next().is_some(), "{dim} {exchange:?}");
         }
     }
 }
@@ -124,7 +125,7 @@ fn choices(device: &Device, problem: &AttentionProblem) -> Vec<Forced> {
     if Exchange::choose(problem, device.facts()) == Exchange::Subgroup {
         exchanges.push(Exchange::Subgroup);
     }
-    let each = |exchange| Variant::all(problem.kind.query_dim(), exchange, limit);
+    let each = |exchange| Variant::all(problem.kind, exchange, limit);
     exchanges
         .into_iter()
         .flat_map(|exchange| each(exchange).map(move |variant| Forced { exchange, quads: variant.quads }))
@@ -180,7 +181,8 @@ fn a_verify_row_has_the_bits_of_its_decode_call() {
     let plain = Spec { page_size: 24, ..Spec::new(kind, DType::F16, &sequences) };
     let window = Some(Window { left: Some(200), right: None });
     let rich = Spec { window, softcap: Some(20.0), sinks: true, alibi: true, dtype: DType::F32, ..plain.clone() };
-    for (seed, spec) in [plain, rich].iter().enumerate() {
+    let bytes = Spec { kv_dtype: KvDType::Q8, alibi: true, ..plain.clone() };
+    for (seed, spec) in [plain, rich, bytes].iter().enumerate() {
         let case = random::case(seed as u64, spec);
         let row = (kind.query_heads() * kind.output_dim()) as usize;
         let heads = kind.query_heads() as usize;

@@ -14,3 +14,5 @@ fn page(s: u32, logical: u32) -> u32 { return batch[batch[5] + s * batch[2] + lo
 fn slot(s: u32, position: u32) -> u32 { return page(s, position / batch[3]) * batch[3] + position % batch[3]; }
 fn tree_bit(r: u32, j: u32) -> bool { return ((batch[batch[6] + r * batch[7] + (j >> 5u)] >> (j & 31u)) & 1u) == 1u; }
 fn extra(i: u32) -> u32 { return batch[batch[8] + i]; }
+// Last position that the prefix spans let row r see, 0 where none does; there where the problem has spans.
+fn row_reach(r: u32) -> u32 { return batch[batch[9] + r]; }

@@ -3,13 +3,13 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use polyattn_device::{Buffer, BufferSlice, Commands, Device};
 
-use crate::{AttentionProblem, BackendError, BatchLayout, Mask};
+use crate::{AttentionProblem, BackendError, BatchLayout};
 
 /// WGSL that reads the batch of a [`Plan`]; put it into a kernel whose binding 0 of group 0 is the plan's index.
 ///
 /// `BATCH_SEQUENCES`-like accessors: `batch_sequences()`, `batch_rows()`, `batch_page_size()`, `sequence_start(s)`,
 /// `sequence_queries(s)`, `sequence_kv_len(s)`, `sequence_causal(s)`, `row_sequence(r)`, `slot(s, position)`,
-/// `page(s, logical)`, `tree_bit(r, j)`, `extra(i)`.
+/// `page(s, logical)`, `tree_bit(r, j)`, `row_reach(r)`, `extra(i)`.
 pub const BATCH_WGSL: &str = include_str!("batch.wgsl");
 
 const HEADER: usize = 12;
@@ -94,10 +94,11 @@ fn upload(
     let page_start = row_start + rows;
     let tree_start = page_start + batch.page_table.len();
     let tree_words = batch.tree.as_ref().map_or(0, |tree| tree.words);
-    let extra_start = tree_start + batch.tree.as_ref().map_or(0, |tree| tree.bits.len());
+    let reach_start = tree_start + batch.tree.as_ref().map_or(0, |tree| tree.bits.len());
+    let extra_start = reach_start + if problem.prefix_spans { rows } else { 0 };
 
     let mut words = vec![0u32; HEADER];
-    words[..9].copy_from_slice(&[
+    words[..10].copy_from_slice(&[
         sequences as u32,
         rows as u32,
         batch.max_pages as u32,
@@ -107,14 +108,12 @@ fn upload(
         tree_start as u32,
         tree_words as u32,
         extra_start as u32,
+        reach_start as u32,
     ]);
     for sequence in 0..sequences {
         let (start, queries) = batch.queries(sequence);
-        let causal = match problem.mask {
-            Mask::Tree => false,
-            mask => batch.is_causal(sequence, mask),
-        };
-        words.extend([start, queries, batch.kv_len[sequence], u32::from(causal)]);
+        let causal = u32::from(batch.is_causal(sequence, problem.mask));
+        words.extend([start, queries, batch.kv_len[sequence], causal]);
     }
     for sequence in 0..sequences {
         words.extend(std::iter::repeat_n(sequence as u32, batch.queries(sequence).1 as usize));
@@ -122,6 +121,17 @@ fn upload(
     words.extend(batch.page_table.iter().map(|page| *page as u32));
     if let Some(tree) = &batch.tree {
         words.extend_from_slice(&tree.bits);
+    }
+    if problem.prefix_spans {
+        words.resize(words.len() + rows, 0);
+        for [sequence, first, last] in &batch.prefix_spans {
+            let (start, queries) = batch.queries(*sequence as usize);
+            let context = batch.kv_len[*sequence as usize] - queries;
+            for position in context.max(*first)..(context + queries).min(last + 1) {
+                let reach = &mut words[reach_start + (start + position - context) as usize];
+                *reach = (*reach).max(*last);
+            }
+        }
     }
     words.extend_from_slice(extra);
 

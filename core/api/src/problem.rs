@@ -217,6 +217,29 @@ impl KvLayout {
         }
     }
 
+    /// The row of the cache in which token `slot` of the pool keeps head `head` of `heads`: rows are what a head has of
+    /// a token, and the scales of a `q8` cache lie in the same order.
+    #[must_use]
+    pub const fn row(self, slot: usize, head: usize, heads: usize, page_size: usize) -> usize {
+        match self {
+            Self::PageHeadToken => ((slot / page_size) * heads + head) * page_size + slot % page_size,
+            Self::PageTokenHead | Self::PageTokenLatent => slot * heads + head,
+        }
+    }
+
+    /// WGSL of [`row`](Self::row), to be put behind [`BATCH_WGSL`](crate::BATCH_WGSL): `cache_row(slot, head, heads)`.
+    #[must_use]
+    pub const fn wgsl(self) -> &'static str {
+        match self {
+            Self::PageHeadToken => {
+                "fn cache_row(slot: u32, head: u32, heads: u32) -> u32 { let size = batch_page_size(); return (slot / size * heads + head) * size + slot % size; }\n"
+            }
+            Self::PageTokenHead | Self::PageTokenLatent => {
+                "fn cache_row(slot: u32, head: u32, heads: u32) -> u32 { return slot * heads + head; }\n"
+            }
+        }
+    }
+
     /// Its name in answers.
     #[must_use]
     pub const fn name(self) -> &'static str {

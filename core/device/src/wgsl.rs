@@ -42,6 +42,43 @@ pub fn storage_loader(binding: u32, name: &str, dtype: DType) -> String {
     out
 }
 
+/// How 8-bit elements are read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Byte {
+    /// Signed whole numbers.
+    I8,
+    /// Floats of 4 exponent and 3 mantissa bits, without infinities.
+    E4M3,
+    /// Floats of 5 exponent and 2 mantissa bits.
+    E5M2,
+}
+
+/// As [`storage_loader`], of 8-bit elements: declares the buffer and `name_load8(i) -> array<vec4<f32>, 2>` (8-byte
+/// loads).
+#[must_use]
+pub fn byte_loader(binding: u32, name: &str, byte: Byte) -> String {
+    let widen = match byte {
+        Byte::I8 => "widen_i8x4",
+        Byte::E4M3 => "widen_e4m3x4",
+        Byte::E5M2 => "widen_e5m2x4",
+    };
+    format!(
+        "@group(0) @binding({binding}) var<storage, read> {name}: array<vec2<u32>>;\n\
+         fn {name}_load8(i: u32) -> array<vec4<f32>, 2> {{ let w = {name}[i >> 3u]; return array<vec4<f32>, 2>({widen}(w.x), {widen}(w.y)); }}\n"
+    )
+}
+
+/// Helpers that [`byte_loader`] calls; put it before it. Bytes of floats become halves by shifts: one of 5 exponent
+/// bits is the upper byte of a half, one of 4 is a half 256 times too small, whose code for NaN is given the exponent
+/// of NaN.
+pub const BYTES_PREAMBLE: &str = "\
+fn widen_i8x4(w: u32) -> vec4<f32> { return vec4<f32>(vec4<i32>(bitcast<i32>(w << 24u), bitcast<i32>(w << 16u), bitcast<i32>(w << 8u), bitcast<i32>(w)) >> vec4<u32>(24u)); }
+fn widen_e5m2x4(w: u32) -> vec4<f32> { return vec4<f32>(unpack2x16float(((w & 0xffu) << 8u) | ((w & 0xff00u) << 16u)), unpack2x16float(((w >> 8u) & 0xff00u) | (w & 0xff000000u))); }
+fn widen_e4m3x2(upper: u32) -> vec2<f32> { let m = (upper & 0x7f007f00u) >> 1u; let n = (m + 0x00800080u) & 0x40004000u; return unpack2x16float((upper & 0x80008000u) | m | ((n >> 14u) * 0x7c00u)) * 256.0; }
+fn widen_e4m3x4(w: u32) -> vec4<f32> { return vec4<f32>(widen_e4m3x2(((w & 0xffu) << 8u) | ((w & 0xff00u) << 16u)), widen_e4m3x2(((w >> 8u) & 0xff00u) | (w & 0xff000000u))); }
+";
+
 fn widen_name(dtype: DType) -> &'static str {
     match dtype {
         DType::BF16 => "widen_bf16x2",

@@ -30,7 +30,8 @@ impl Tolerance {
     }
 }
 
-/// One attention call with its data, on the host. Raw tensors are little-endian bytes in their stored format.
+/// One attention call with its data, on the host. Raw tensors are little-endian bytes in their stored format. Caches
+/// lie as below whatever the problem's layout: a run brings them into it.
 #[derive(Clone, PartialEq)]
 #[non_exhaustive]
 pub struct Case {

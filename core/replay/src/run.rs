@@ -1,6 +1,6 @@
-use std::{collections::BTreeMap, path::Path, time::Instant};
+use std::{borrow::Cow, collections::BTreeMap, path::Path, time::Instant};
 
-use polyattn_api::{AttentionBackend, AttentionIo, Buffer, Device, DeviceError};
+use polyattn_api::{AttentionBackend, AttentionIo, Buffer, Device, DeviceError, KvLayout};
 use safetensors::Dtype;
 
 use crate::{Case, ReplayError, file};
@@ -43,6 +43,22 @@ impl Outcome {
 }
 
 impl Case {
+    /// Cached data as the problem's layout has it: cases keep theirs page by page, token by token, head by head.
+    fn laid_out<'a>(&self, stored: &'a [u8]) -> Cow<'a, [u8]> {
+        let (size, heads) = (self.batch.page_size as usize, self.problem.kind.kv_heads() as usize);
+        let rows = self.batch.pool_pages as usize * size * heads;
+        if self.problem.kv_layout != KvLayout::PageHeadToken || rows == 0 {
+            return Cow::Borrowed(stored);
+        }
+        let bytes = stored.len() / rows;
+        let mut laid_out = vec![0; stored.len()];
+        for (at, row) in stored.chunks_exact(bytes.max(1)).enumerate() {
+            let to = self.problem.kv_layout.row(at / heads, at % heads, heads, size);
+            laid_out[to * bytes..][..bytes].copy_from_slice(row);
+        }
+        Cow::Owned(laid_out)
+    }
+
     /// Runs it on `backend`, with LSE where the backend gives it. Outputs hold NaN beforehand, so what a kernel leaves
     /// unwritten cannot pass for an answer.
     ///
@@ -58,14 +74,21 @@ impl Case {
         }
 
         let q = upload(device, &self.q, "q")?;
-        let k_cache = upload(device, &self.k_cache, "k_cache")?;
-        let v_cache = if self.v_cache.is_empty() { None } else { Some(upload(device, &self.v_cache, "v_cache")?) };
+        let k_cache = upload(device, &self.laid_out(&self.k_cache), "k_cache")?;
+        let v_cache = match self.v_cache.as_slice() {
+            [] => None,
+            values => Some(upload(device, &self.laid_out(values), "v_cache")?),
+        };
+        let scales = |values: Option<&Vec<f32>>, label| match values {
+            Some(values) => upload(device, &self.laid_out(bytemuck::cast_slice(values)), label).map(Some),
+            None => Ok(None),
+        };
         let optional = |values: Option<&Vec<f32>>, label| match values {
             Some(values) => upload(device, bytemuck::cast_slice(values), label).map(Some),
             None => Ok(None),
         };
-        let k_scale = optional(self.k_scale.as_ref(), "k_scale")?;
-        let v_scale = optional(self.v_scale.as_ref().or(self.k_scale.as_ref()), "v_scale")?;
+        let k_scale = scales(self.k_scale.as_ref(), "k_scale")?;
+        let v_scale = scales(self.v_scale.as_ref().or(self.k_scale.as_ref()), "v_scale")?;
         let sinks = optional(self.sinks.as_ref(), "sinks")?;
         let alibi_slopes = optional(self.alibi_slopes.as_ref(), "alibi_slopes")?;
         let poison = vec![f32::NAN; self.out_elements().max(4)];
