@@ -20,9 +20,6 @@
 //!
 //! Vector instructions are chosen when the program runs: AVX-512, AVX2 with FMA, or what every CPU of the architecture
 //! has. Results of two of these differ in the last bits.
-//!
-//! # What it leaves out
-//! The provided writer of K and V serves it, so `store_kv` writes no 8-bit cache.
 
 #![deny(unsafe_code)]
 

@@ -201,6 +201,11 @@ pub struct StoreKv<'a> {
     pub k_cache: BufferSlice<'a>,
     /// The value cache.
     pub v_cache: BufferSlice<'a>,
+    /// The scales of a `q8` key cache, as in [`AttentionIo`]: a 127th of the largest magnitude of a head's row; NaN
+    /// where a number of it is not finite.
+    pub k_scale: Option<BufferSlice<'a>>,
+    /// The scales of a `q8` value cache. Not written with MLA.
+    pub v_scale: Option<BufferSlice<'a>>,
 }
 
 impl<'a> StoreKv<'a> {
@@ -224,6 +229,8 @@ impl<'a> StoreKv<'a> {
             v_stride: stride,
             k_cache: k_cache.into(),
             v_cache: v_cache.into(),
+            k_scale: None,
+            v_scale: None,
         }
     }
 }

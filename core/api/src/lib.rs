@@ -19,6 +19,7 @@ mod config;
 mod decline;
 mod guard;
 mod layout;
+mod narrow;
 mod plan;
 mod problem;
 mod proposer;

@@ -1,14 +1,17 @@
-//! The provided writer of K and V for the common layouts.
+//! The provided writer of K and V.
 
 use bytemuck::{Pod, Zeroable};
 use half::{bf16, f16};
 use polyattn_device::{Access, BufferSlice, Commands, DType, Device, DeviceError, Pipeline, PipelineSpec, wgsl};
 
-use crate::{AttentionKind, AttentionProblem, BATCH_WGSL, BackendError, BatchLayout, Plan, StoreKv};
+use crate::{
+    AttentionKind, AttentionProblem, BATCH_WGSL, BackendError, BatchLayout, KvDType, KvLayout, Plan, StoreKv, narrow,
+};
 
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
 struct Immediates {
+    parts: u32,
     k_words: u32,
     v_words: u32,
     k_offset: u32,
@@ -17,30 +20,57 @@ struct Immediates {
     v_stride: u32,
 }
 
+/// What decides the shader.
+#[derive(Clone, Copy)]
+struct Form {
+    dtype: KvDType,
+    layout: KvLayout,
+    with_v: bool,
+}
+
 /// Rows of one tensor on their way into its cache.
 struct Rows<'a> {
     source: BufferSlice<'a>,
     offset: u32,
     stride: u32,
-    /// Elements of a row.
-    row: u32,
+    /// Heads that have places of their own in the cache, or 1 where a row is written as it is.
+    parts: u32,
+    /// Elements of a part.
+    dim: u32,
     cache: BufferSlice<'a>,
+    scale: Option<BufferSlice<'a>>,
 }
 
 impl Rows<'_> {
-    fn validate(&self, batch: &BatchLayout, dtype: DType) -> Result<(), BackendError> {
+    fn row(&self) -> u32 {
+        self.parts * self.dim
+    }
+
+    fn validate(&self, batch: &BatchLayout, dtype: KvDType) -> Result<(), BackendError> {
         let slots = u64::from(batch.pool_pages) * u64::from(batch.page_size);
-        let needed = slots * u64::from(self.row) * dtype.bytes();
+        let needed = slots * u64::from(self.row()) * dtype.bytes();
         if self.cache.bytes() < needed {
             return Err(BackendError::Io(format!("cache has {} bytes, needs {needed}", self.cache.bytes())));
         }
         let last_row = u64::from(batch.rows().saturating_sub(1));
-        let elements = u64::from(self.offset) + last_row * u64::from(self.stride) + u64::from(self.row);
+        let elements = u64::from(self.offset) + last_row * u64::from(self.stride) + u64::from(self.row());
         if batch.rows() > 0 && self.source.bytes() < elements * 4 {
             return Err(BackendError::Io(format!("rows have {} bytes, need {}", self.source.bytes(), elements * 4)));
         }
-        if !self.row.is_multiple_of(2) && dtype != DType::F32 {
-            return Err(BackendError::Io(format!("rows of {} 16-bit elements are no whole number of words", self.row)));
+        let bits = dtype.bytes() * 8;
+        if !(u64::from(self.dim) * dtype.bytes()).is_multiple_of(4) {
+            let message = format!("rows of {} {bits}-bit elements are no whole number of words", self.dim);
+            return Err(BackendError::Io(message));
+        }
+        if dtype == KvDType::Q8 {
+            let needed = slots * u64::from(self.parts) * 4;
+            match self.scale {
+                None => return Err(BackendError::Io("the scales of a q8 cache are missing".into())),
+                Some(scale) if scale.bytes() < needed => {
+                    return Err(BackendError::Io(format!("scales have {} bytes, need {needed}", scale.bytes())));
+                }
+                Some(_) => {}
+            }
         }
         Ok(())
     }
@@ -52,24 +82,30 @@ pub(crate) fn store_kv(
     plan: &Plan,
     io: &StoreKv<'_>,
 ) -> Result<(), BackendError> {
-    let Some(dtype) = problem.kv_dtype.as_dtype() else {
-        return Err(BackendError::Io(format!("the provided store_kv does not write {}", problem.kv_dtype)));
-    };
+    let (dtype, layout) = (problem.kv_dtype, problem.kv_layout);
     let heads = problem.kind.kv_heads();
+    // Where the heads of a token follow each other and need no scale, its row is copied whole.
+    let apart = layout == KvLayout::PageHeadToken || dtype == KvDType::Q8;
+    let parts = |dim: u32| if apart { (heads, dim) } else { (1, heads * dim) };
+    let (parts_of_row, dim) = parts(problem.kind.query_dim());
     let k = Rows {
         source: io.k,
         offset: io.k_offset,
         stride: io.k_stride,
-        row: heads * problem.kind.query_dim(),
+        parts: parts_of_row,
+        dim,
         cache: io.k_cache,
+        scale: io.k_scale,
     };
     let v = match problem.kind {
         AttentionKind::Gqa { value_dim, .. } => Some(Rows {
             source: io.v,
             offset: io.v_offset,
             stride: io.v_stride,
-            row: heads * value_dim,
+            parts: parts_of_row,
+            dim: parts(value_dim).1,
             cache: io.v_cache,
+            scale: io.v_scale,
         }),
         AttentionKind::Mla { .. } => None,
     };
@@ -77,22 +113,19 @@ pub(crate) fn store_kv(
     for rows in [Some(&k), v.as_ref()].into_iter().flatten() {
         rows.validate(batch, dtype)?;
         if commands.device().is_cpu() {
-            match dtype {
-                DType::F32 => scatter(batch, rows, |x| x)?,
-                DType::F16 => scatter(batch, rows, f16::from_f32)?,
-                _ => scatter(batch, rows, bf16::from_f32)?,
-            }
+            write(batch, layout, rows, dtype)?;
         }
     }
     if commands.device().is_cpu() {
         return Ok(());
     }
 
-    let variant = (dtype as u64) << 1 | u64::from(v.is_some());
-    let pipeline =
-        commands.device().cached_pipeline("store_kv", variant, |device| compile(device, dtype, v.is_some()))?;
-    let words = |rows: &Rows<'_>| (u64::from(rows.row) * dtype.bytes() / 4) as u32;
+    let form = Form { dtype, layout, with_v: v.is_some() };
+    let variant = (dtype as u64) << 8 | (layout as u64) << 1 | u64::from(form.with_v);
+    let pipeline = commands.device().cached_pipeline("store_kv", variant, |device| compile(device, form))?;
+    let words = |rows: &Rows<'_>| (u64::from(rows.dim) * dtype.bytes() / 4) as u32;
     let immediates = Immediates {
+        parts: k.parts,
         k_words: words(&k),
         v_words: v.as_ref().map_or(0, words),
         k_offset: k.offset,
@@ -100,62 +133,147 @@ pub(crate) fn store_kv(
         v_offset: io.v_offset,
         v_stride: io.v_stride,
     };
-    let groups = [immediates.k_words.max(immediates.v_words).div_ceil(64), batch.rows(), 1];
+    let groups = [(immediates.k_words.max(immediates.v_words) * k.parts).div_ceil(64), batch.rows(), 1];
     let index = plan.index(commands)?;
-    let bytes = bytemuck::bytes_of(&immediates);
-    match &v {
-        Some(v) => commands.dispatch(&pipeline, &[index, k.source, k.cache, v.source, v.cache], bytes, groups)?,
-        None => commands.dispatch(&pipeline, &[index, k.source, k.cache], bytes, groups)?,
+    let mut slices = [index; 7];
+    let mut bound = 1;
+    for rows in [Some(&k), v.as_ref()].into_iter().flatten() {
+        for slice in [Some(rows.source), Some(rows.cache), rows.scale.filter(|_| dtype == KvDType::Q8)] {
+            let Some(slice) = slice else { continue };
+            slices[bound] = slice;
+            bound += 1;
+        }
     }
+    commands.dispatch(&pipeline, &slices[..bound], bytemuck::bytes_of(&immediates), groups)?;
     Ok(())
 }
 
-fn compile(device: &Device, dtype: DType, with_v: bool) -> Result<Pipeline, DeviceError> {
+fn compile(device: &Device, form: Form) -> Result<Pipeline, DeviceError> {
     use Access::{Read, ReadWrite};
-    let all = [Read, Read, ReadWrite, Read, ReadWrite];
+    let mut bindings = vec![Read];
+    for _ in 0..1 + usize::from(form.with_v) {
+        bindings.extend([Read, ReadWrite]);
+        bindings.extend((form.dtype == KvDType::Q8).then_some(ReadWrite));
+    }
     device.pipeline(&PipelineSpec {
         label: "store_kv",
-        source: &source(dtype, with_v),
+        source: &source(form),
         entry: "store",
-        bindings: if with_v { &all } else { &all[..3] },
+        bindings: &bindings,
         immediate_bytes: size_of::<Immediates>() as u32,
         constants: &[],
     })
 }
 
-fn source(dtype: DType, with_v: bool) -> String {
-    let (width, narrow) = match dtype {
-        DType::F32 => ("1u", "bitcast<u32>(a)".to_owned()),
-        _ => ("2u", wgsl::narrow2(dtype, "vec2<f32>(a, b)")),
+fn source(form: Form) -> String {
+    let scaled = form.dtype == KvDType::Q8;
+    let helpers = match form.dtype {
+        KvDType::Q8 => narrow::SCALED_WGSL.to_owned(),
+        KvDType::F8E4M3 => narrow::E4M3.wgsl(),
+        KvDType::F8E5M2 => narrow::E5M2.wgsl(),
+        _ => String::new(),
     };
-    let narrow = format!("const WIDTH: u32 = {width};\nfn narrow(a: f32, b: f32) -> u32 {{ return {narrow}; }}\n");
-    let (v_bindings, store_v) = if with_v {
-        (
-            "@group(0) @binding(3) var<storage, read> v_rows: array<f32>;\n\
-             @group(0) @binding(4) var<storage, read_write> v_cache: array<u32>;\n",
-            "if (id.x < call.v_words) {\n\
-             let first = call.v_offset + r * call.v_stride + id.x * WIDTH;\n\
-             v_cache[to * call.v_words + id.x] = narrow(v_rows[first], v_rows[first + WIDTH - 1u]);\n}",
-        )
+    let width = 4 / form.dtype.bytes();
+    let bytes = |scale: &str| {
+        (0..4)
+            .map(|at| format!("(byte_of(T_rows[first + {at}u]{scale}) << {}u)", at * 8))
+            .collect::<Vec<_>>()
+            .join(" | ")
+    };
+    let word = match form.dtype.as_dtype() {
+        Some(DType::F32) => "bitcast<u32>(T_rows[first])".to_owned(),
+        Some(dtype) => wgsl::narrow2(dtype, "vec2<f32>(T_rows[first], T_rows[first + 1u])"),
+        None if scaled => bytes(", scale"),
+        None => bytes(""),
+    };
+    let scale = if scaled {
+        "let start = first - word * 4u;
+         var largest = 0u;
+         for (var i = 0u; i < call.T_words * 4u; i++) {
+             largest = max(largest, bitcast<u32>(T_rows[start + i]) & 0x7fffffffu);
+         }
+         let scale = scale_of(largest);
+         if (word == 0u) { T_scale[row] = scale; }"
     } else {
-        ("", "")
+        ""
     };
-    [wgsl::PREAMBLE, BATCH_WGSL, &narrow, v_bindings, &include_str!("store.wgsl").replace("STORE_V", store_v)].concat()
+    let store = format!(
+        "if (id.x < call.T_words * call.parts) {{
+            let word = id.x % call.T_words;
+            let row = cache_row(to, id.x / call.T_words, call.parts);
+            let first = call.T_offset + r * call.T_stride + id.x * {width}u;
+            {scale}
+            T_cache[row * call.T_words + word] = {word};
+        }}\n"
+    );
+    // The bindings follow each other: rows, cache and scales of K, then those of V.
+    let mut bindings = String::new();
+    let mut bind = |binding: u32, access: &str, name: &str, element: &str| {
+        bindings += &format!("@group(0) @binding({binding}) var<storage, {access}> {name}: array<{element}>;\n");
+    };
+    if scaled {
+        bind(3, "read_write", "k_scale", "u32");
+    }
+    if form.with_v {
+        let next = if scaled { 4 } else { 3 };
+        bind(next, "read", "v_rows", "f32");
+        bind(next + 1, "read_write", "v_cache", "u32");
+        if scaled {
+            bind(next + 2, "read_write", "v_scale", "u32");
+        }
+    }
+    let mut stores = store.replace("T_", "k_");
+    if form.with_v {
+        stores += &store.replace("T_", "v_");
+    }
+    let main = include_str!("store.wgsl").replace("STORE", &stores);
+    [wgsl::PREAMBLE, BATCH_WGSL, form.layout.wgsl(), &helpers, &bindings, &main].concat()
 }
 
-fn scatter<T: Pod>(batch: &BatchLayout, rows: &Rows<'_>, convert: impl Fn(f32) -> T) -> Result<(), BackendError> {
+/// Writes on the CPU.
+fn write(batch: &BatchLayout, layout: KvLayout, rows: &Rows<'_>, dtype: KvDType) -> Result<(), BackendError> {
+    /// Row by row, element by element.
+    fn each<T>(convert: impl Fn(f32) -> T) -> impl FnMut(usize, &[f32], &mut [T]) {
+        move |_, from, into| into.iter_mut().zip(from).for_each(|(to, from)| *to = convert(*from))
+    }
+    match (dtype, rows.scale) {
+        (KvDType::F16, _) => scatter(batch, layout, rows, each(f16::from_f32)),
+        (KvDType::BF16, _) => scatter(batch, layout, rows, each(bf16::from_f32)),
+        (KvDType::F8E4M3, _) => scatter(batch, layout, rows, each(|x| narrow::E4M3.narrow(x))),
+        (KvDType::F8E5M2, _) => scatter(batch, layout, rows, each(|x| narrow::E5M2.narrow(x))),
+        (KvDType::Q8, Some(scale)) => {
+            let mut scales = scale.buffer().write::<f32>()?;
+            let scales = &mut scales[scale.offset() as usize / 4..];
+            scatter(batch, layout, rows, |row, from, into: &mut [u8]| {
+                let scale = narrow::scale(narrow::largest(from));
+                scales[row] = scale;
+                into.iter_mut().zip(from).for_each(|(to, from)| *to = narrow::steps(*from, scale));
+            })
+        }
+        _ => scatter(batch, layout, rows, each(|x| x)),
+    }
+}
+
+/// Hands each part of a row and its place in the cache, with the number of that place, to `put`.
+fn scatter<T: Pod>(
+    batch: &BatchLayout,
+    layout: KvLayout,
+    rows: &Rows<'_>,
+    mut put: impl FnMut(usize, &[f32], &mut [T]),
+) -> Result<(), BackendError> {
     let from = rows.source.buffer().read::<f32>()?;
     let from = &from[rows.source.offset() as usize / 4..];
     let mut into = rows.cache.buffer().write::<T>()?;
     let into = &mut into[rows.cache.offset() as usize / size_of::<T>()..];
-    let row = rows.row as usize;
+    let (dim, parts) = (rows.dim as usize, rows.parts as usize);
     for sequence in 0..batch.sequences() {
         let (start, queries) = batch.queries(sequence);
         for query in 0..queries {
             let slot = batch.slot(sequence, batch.kv_len[sequence] - queries + query);
             let source = rows.offset as usize + (start + query) as usize * rows.stride as usize;
-            for (to, from) in into[slot * row..][..row].iter_mut().zip(&from[source..]) {
-                *to = convert(*from);
+            for part in 0..parts {
+                let row = layout.row(slot, part, parts, batch.page_size as usize);
+                put(row, &from[source + part * dim..][..dim], &mut into[row * dim..][..dim]);
             }
         }
     }

@@ -1,5 +1,14 @@
-// One invocation writes one word of one row: x counts the words of K, then those of V; y counts rows.
-struct Call { k_words: u32, v_words: u32, k_offset: u32, k_stride: u32, v_offset: u32, v_stride: u32 }
+// One invocation writes one word of one row: x counts the words of K, and of V; y counts rows. A row has as many parts
+// as it has places in the cache, one for each head or one for all of them.
+struct Call {
+    parts: u32,
+    k_words: u32, // of a part
+    v_words: u32,
+    k_offset: u32,
+    k_stride: u32,
+    v_offset: u32,
+    v_stride: u32,
+}
 var<immediate> call: Call;
 @group(0) @binding(1) var<storage, read> k_rows: array<f32>;
 @group(0) @binding(2) var<storage, read_write> k_cache: array<u32>;
@@ -10,9 +19,5 @@ fn store(@builtin(global_invocation_id) id: vec3<u32>) {
     if (r >= batch_rows()) { return; }
     let s = row_sequence(r);
     let to = slot(s, sequence_kv_len(s) - sequence_queries(s) + r - sequence_start(s));
-    if (id.x < call.k_words) {
-        let first = call.k_offset + r * call.k_stride + id.x * WIDTH;
-        k_cache[to * call.k_words + id.x] = narrow(k_rows[first], k_rows[first + WIDTH - 1u]);
-    }
-    STORE_V
+    STORE
 }

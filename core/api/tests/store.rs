@@ -4,7 +4,7 @@
 use half::{bf16, f16};
 use polyattn_api::{
     AttentionIo, AttentionKernel, AttentionKind, AttentionProblem, BackendError, BatchLayout, Commands, DType, Device,
-    Plan, PlanPool, StoreKv,
+    KvDType, KvLayout, Plan, PlanPool, StoreKv,
 };
 use polyattn_device::DeviceChoice;
 
@@ -99,5 +99,82 @@ fn rows_arrive_in_their_slots() {
         check(AttentionKind::Gqa { query_heads: 4, kv_heads: 2, head_dim: 8, value_dim: 8 }, dtype);
         check(AttentionKind::Gqa { query_heads: 2, kv_heads: 1, head_dim: 70, value_dim: 6 }, dtype);
         check(AttentionKind::Mla { query_heads: 2, latent_dim: 12, rope_dim: 4 }, dtype);
+    }
+}
+
+/// Every format in both layouts: one set of bytes on all devices, each number within half a step of its format.
+#[test]
+fn narrow_caches_are_alike_everywhere() {
+    let kind = AttentionKind::Gqa { query_heads: 6, kv_heads: 3, head_dim: 16, value_dim: 8 };
+    let mut batch = BatchLayout::new(4, 4);
+    batch.push(3, 6, &[3, 1]);
+    batch.push(4, 5, &[0, 2]);
+    let stride = 72u32;
+    let mut rows: Vec<f32> = (0..7 * stride).map(|i| (i as f32 * 0.37).sin() * (i as f32 * 0.011).exp()).collect();
+    rows[stride as usize..stride as usize + 16].fill(0.0);
+    (rows[2 * stride as usize], rows[2 * stride as usize + 1]) = (1e9, 1e-9);
+    let slots = [12, 13, 14, 15, 4, 5, 0, 1, 2, 3, 8];
+    let lines =
+        [(0, slots[3]), (1, slots[4]), (2, slots[5]), (3, slots[7]), (4, slots[8]), (5, slots[9]), (6, slots[10])];
+    for dtype in KvDType::ALL {
+        for layout in [KvLayout::PageTokenHead, KvLayout::PageHeadToken] {
+            let mut answers: Vec<[Vec<u8>; 4]> = Vec::new();
+            for device in devices() {
+                let mut problem = AttentionProblem::new(kind, DType::F32).page_size(4);
+                (problem.kv_dtype, problem.kv_layout) = (dtype, layout);
+                let kernel = Store { device: device.clone(), problem, pool: PlanPool::default() };
+                let source = device.upload(&rows, "rows").unwrap();
+                let cache =
+                    |dim: usize| device.upload(&vec![0xA5u8; 16 * 3 * dim * dtype.bytes() as usize], "cache").unwrap();
+                let scales = || device.upload(&[7.5f32; 16 * 3], "scales").unwrap();
+                let (k_cache, v_cache, k_scale, v_scale) = (cache(16), cache(8), scales(), scales());
+                let mut io = StoreKv::from_rows(&source, stride, 0, 48, &k_cache, &v_cache);
+                let mut commands = device.commands().unwrap();
+                let plan = kernel.plan(&batch).unwrap();
+                if dtype == KvDType::Q8 {
+                    assert!(matches!(kernel.store_kv(&mut commands, &plan, &io), Err(BackendError::Io(_))));
+                    (io.k_scale, io.v_scale) = (Some(k_scale.whole()), Some(v_scale.whole()));
+                }
+                kernel.store_kv(&mut commands, &plan, &io).unwrap();
+                let _ = commands.submit().unwrap();
+                let bytes = |buffer| device.download::<u8>(buffer).unwrap();
+                answers.push([bytes(&k_cache), bytes(&v_cache), bytes(&k_scale), bytes(&v_scale)]);
+            }
+            for other in &answers[1..] {
+                assert!(other == &answers[0], "{dtype} {layout:?}: devices differ");
+            }
+            let [k, _, scales, _] = &answers[0];
+            if dtype == KvDType::Q8 {
+                let scales: &[f32] =
+                    &scales.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect::<Vec<_>>();
+                for (line, slot) in lines {
+                    for head in 0..3 {
+                        let row = layout.row(slot, head, 3, 4);
+                        for at in 0..16 {
+                            let want = rows[line * stride as usize + head * 16 + at];
+                            let got = f32::from(k[row * 16 + at].cast_signed()) * scales[row];
+                            assert!((got - want).abs() <= scales[row] * 0.5001, "{want} became {got}");
+                        }
+                    }
+                }
+                assert_eq!(scales.iter().filter(|scale| **scale == 7.5).count(), (16 - 7) * 3, "others' scales");
+            } else if dtype.bytes() == 1 {
+                let (mantissa, least, most) =
+                    if dtype == KvDType::F8E4M3 { (3, 2f32.powi(-10), 448.0) } else { (2, 2f32.powi(-17), 57344.0) };
+                for (line, slot) in lines {
+                    let row = layout.row(slot, 1, 3, 4);
+                    for at in 0..16 {
+                        let want: f32 = rows[line * stride as usize + 16 + at].clamp(-most, most);
+                        let (code, bias) = (k[row * 16 + at], (1 << (6 - mantissa)) - 1);
+                        let (exponent, part) =
+                            (i32::from(code & 0x7f) >> mantissa, f32::from(code & ((1 << mantissa) - 1)));
+                        let part = part / (1 << mantissa) as f32 + f32::from(u8::from(exponent > 0));
+                        let got = part * 2f32.powi(exponent.max(1) - bias) * if code < 0x80 { 1.0 } else { -1.0 };
+                        let bound = (want.abs() * 2f32.powi(-mantissa - 1)).max(least);
+                        assert!((got - want).abs() <= bound, "{dtype}: {want} became {got}");
+                    }
+                }
+            }
+        }
     }
 }
