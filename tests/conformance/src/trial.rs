@@ -1,4 +1,9 @@
-use std::{fmt, process::ExitCode};
+use std::{
+    fmt,
+    panic::{AssertUnwindSafe, catch_unwind},
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
 
 /// One check with a name.
 pub struct Trial {
@@ -10,12 +15,26 @@ pub struct Trial {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Failure {
     message: String,
+    replay: Option<PathBuf>,
 }
 
 impl Failure {
     /// A failure with a sentence.
     pub fn new(message: impl Into<String>) -> Self {
-        Self { message: message.into() }
+        Self { message: message.into(), replay: None }
+    }
+
+    /// With the replay file that shows it.
+    #[must_use]
+    pub fn with_replay(mut self, file: PathBuf) -> Self {
+        self.replay = Some(file);
+        self
+    }
+
+    /// The replay file that shows it.
+    #[must_use]
+    pub fn replay(&self) -> Option<&Path> {
+        self.replay.as_deref()
     }
 
     /// What is wrong.
@@ -27,7 +46,11 @@ impl Failure {
 
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.message)
+        f.write_str(&self.message)?;
+        match &self.replay {
+            Some(file) => write!(f, "\n  polyattn replay {} shows it", file.display()),
+            None => Ok(()),
+        }
     }
 }
 
@@ -37,18 +60,29 @@ impl Trial {
         Self { name, run: Box::new(run) }
     }
 
+    /// Under another name, made from its own.
+    #[must_use]
+    pub fn named(mut self, name: impl FnOnce(&str) -> String) -> Self {
+        self.name = name(&self.name);
+        self
+    }
+
     /// Its name.
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Runs it.
+    /// Runs it. A panic is a failure.
     ///
     /// # Errors
     /// What is wrong.
     pub fn run(self) -> Result<(), Failure> {
-        (self.run)()
+        catch_unwind(AssertUnwindSafe(self.run)).unwrap_or_else(|payload| {
+            let text = payload.downcast_ref::<&str>().map(|text| (*text).to_owned());
+            let text = text.or_else(|| payload.downcast_ref::<String>().cloned());
+            Err(Failure::new(format!("it panicked: {}", text.unwrap_or_else(|| "no message".into()))))
+        })
     }
 }
 
@@ -65,9 +99,8 @@ pub fn run(trials: Vec<Trial>) -> ExitCode {
     let trials = trials
         .into_iter()
         .map(|trial| {
-            libtest_mimic::Trial::test(trial.name, move || {
-                (trial.run)().map_err(|failure| libtest_mimic::Failed::from(failure.message))
-            })
+            let name = trial.name.clone();
+            libtest_mimic::Trial::test(name, move || trial.run().map_err(|failure| failure.to_string().into()))
         })
         .collect();
     libtest_mimic::run(&arguments, trials).exit_code()
