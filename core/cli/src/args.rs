@@ -58,6 +58,8 @@ enum Command {
     Fetch(commands::fetch::Args),
     /// Run recorded attention problems and compare with the recorded output.
     Replay(commands::replay::Args),
+    /// Run the conformance kit against a registered backend.
+    Check(commands::check::Args),
     /// Generate text with a real model.
     Generate(Box<commands::generate::Args>),
     /// Measure.
@@ -92,6 +94,7 @@ fn execute(command: Command, context: &Context) -> Ended {
         Command::Select(args) => commands::select::run(&args, context),
         Command::Fetch(args) => commands::fetch::run(&args, context),
         Command::Replay(args) => commands::replay::run(&args, context),
+        Command::Check(args) => commands::check::run(&args, context),
         Command::Generate(args) => commands::generate::run(*args, context),
         Command::Bench(args) => commands::bench::run(args, context),
     }

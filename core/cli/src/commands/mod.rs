@@ -2,6 +2,7 @@
 
 pub(crate) mod backends;
 pub(crate) mod bench;
+pub(crate) mod check;
 pub(crate) mod devices;
 pub(crate) mod fetch;
 pub(crate) mod generate;
