@@ -1,0 +1,123 @@
+//! A batch cut into work items: the host's part of a step.
+
+use polyattn_api::{AttentionProblem, BackendError, BatchLayout, Mask};
+
+use crate::shader::CHUNK;
+
+/// Begins the words of a plan, so that a plan of another backend is not taken for one of these.
+pub(crate) const TAG: u32 = 0x7370_6c69;
+
+/// Words of the header: tag, tiles of an item, group, number of rounds, sequences.
+pub(crate) const HEADER: usize = 5;
+
+/// Words of a round: first item, items, first row, rows, states.
+pub(crate) const ROUND: usize = 5;
+
+/// Work items that a plan may have.
+const MOST_ITEMS: u64 = 1 << 22;
+
+/// Sequences that are answered together: as many as fit the buffer of states, which the next round uses again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Round {
+    /// Place of the first item among the words.
+    pub(crate) first_item: u32,
+    pub(crate) items: u32,
+    pub(crate) first_row: u32,
+    pub(crate) rows: u32,
+    pub(crate) states: u32,
+}
+
+/// The words of a plan for items of `rows` rows, with at most `most_states` states a round.
+pub(crate) fn words(
+    problem: &AttentionProblem,
+    batch: &BatchLayout,
+    tiles: u32,
+    rows: u32,
+    most_states: u64,
+) -> Result<Vec<u32>, BackendError> {
+    let heads = problem.kind.query_heads();
+    let group = heads / problem.kind.kv_heads();
+    let sequences = batch.sequences();
+    let mut rounds: Vec<Round> = Vec::new();
+    let mut facts: Vec<u32> = Vec::with_capacity(sequences * 3);
+    let mut items: Vec<u32> = Vec::new();
+    for sequence in 0..sequences {
+        let (start, queries) = batch.queries(sequence);
+        if queries == 0 {
+            facts.extend([0, 0, 0]);
+            continue;
+        }
+        let (lo, hi) = keys(problem, batch, sequence, 0, queries - 1);
+        let chunks = (lo / CHUNK, hi.div_ceil(CHUNK));
+        let rows_of = u64::from(queries) * u64::from(group);
+        let more = rows_of.div_ceil(u64::from(rows)) * u64::from(chunks.1 - chunks.0);
+        if items.len() as u64 / 3 + more > MOST_ITEMS {
+            return Err(BackendError::Batch(format!(
+                "the batch has more than {MOST_ITEMS} work items of {rows} rows and {CHUNK} keys: split it"
+            )));
+        }
+        let states = u64::from(chunks.1 - chunks.0) * u64::from(queries) * u64::from(heads);
+        if states > most_states {
+            return Err(BackendError::Batch(format!(
+                "sequence {sequence} with {queries} query rows over {} keys has {states} partial states, one buffer \
+                 holds {most_states}",
+                hi - lo
+            )));
+        }
+        let begins = Round { first_item: items.len() as u32, items: 0, first_row: start, rows: 0, states: 0 };
+        let round = match rounds.last_mut() {
+            Some(round) if u64::from(round.states) + states <= most_states => round,
+            _ => {
+                rounds.push(begins);
+                let last = rounds.len() - 1;
+                &mut rounds[last]
+            }
+        };
+        facts.extend([round.states, chunks.0, chunks.1]);
+        round.states += states as u32;
+        round.rows = start + queries - round.first_row;
+        for first in (0..queries * group).step_by(rows as usize) {
+            // A chunk that none of the item's rows sees is written too: merging reads all of a sequence's.
+            for chunk in chunks.0..chunks.1 {
+                items.extend([sequence as u32, first, chunk]);
+                round.items += 1;
+            }
+        }
+    }
+    let behind = HEADER + rounds.len() * ROUND + facts.len();
+    let mut words = Vec::with_capacity(behind + items.len());
+    words.extend([TAG, tiles, group, rounds.len() as u32, sequences as u32]);
+    for round in &rounds {
+        words.extend([round.first_item + behind as u32, round.items, round.first_row, round.rows, round.states]);
+    }
+    words.extend(facts);
+    words.extend(items);
+    Ok(words)
+}
+
+/// The rounds of a plan, and the place of the sequences' facts among its words; `None` for the plan of another kernel.
+pub(crate) fn rounds(words: &[u32], group: u32) -> Option<(u32, u32, impl Iterator<Item = Round>)> {
+    let [TAG, tiles, of, count, _, rest @ ..] = words else { return None };
+    let rounds = rest.get(..*count as usize * ROUND)?;
+    let facts = (HEADER + rounds.len()) as u32;
+    let rounds = rounds.chunks_exact(ROUND).map(|round| Round {
+        first_item: round[0],
+        items: round[1],
+        first_row: round[2],
+        rows: round[3],
+        states: round[4],
+    });
+    (*of == group).then_some((*tiles, facts, rounds))
+}
+
+/// First key that rows `first` to `last` of a sequence see, and the key behind the last one.
+fn keys(problem: &AttentionProblem, batch: &BatchLayout, sequence: usize, first: u32, last: u32) -> (u32, u32) {
+    let length = batch.kv_len[sequence];
+    let context = length - batch.queries(sequence).1;
+    let causal = problem.mask != Mask::Tree && batch.is_causal(sequence, problem.mask);
+    let (left, right) = problem.window.map_or((None, None), |window| (window.left, window.right));
+    let lo = left.map_or(0, |left| (context + first).saturating_sub(left));
+    let position = context + last;
+    let hi = if causal { position + 1 } else { length };
+    (lo, right.map_or(hi, |right| hi.min(position.saturating_add(right).saturating_add(1))))
+}
