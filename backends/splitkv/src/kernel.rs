@@ -157,9 +157,7 @@ impl AttentionKernel for Kernel {
         let widest = batch.query_start.windows(2).map(|pair| u64::from(pair[1] - pair[0])).max().unwrap_or(0);
         let longest = batch.kv_len.iter().copied().max().unwrap_or(0);
         // One sequence stays in one round, however large.
-        let alone = widest
-            * u64::from(self.problem.kind.query_heads())
-            * (u64::from(longest) / u64::from(CHUNK) + 1);
+        let alone = widest * u64::from(self.problem.kind.query_heads()) * (u64::from(longest) / u64::from(CHUNK) + 1);
         let room = ROUND_BYTES.max(alone * self.state_bytes()).min(self.device.facts().limits.binding_bytes);
         let words = plan::words(&self.problem, batch, variant.tiles, variant.tiles * ROWS, room / self.state_bytes())?;
         Plan::new(&self.device, &self.plans, &self.problem, batch, words)

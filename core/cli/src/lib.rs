@@ -32,7 +32,7 @@
 //! # Features
 //! | feature | what it adds |
 //! |---|---|
-//! | `cpu`, `plain`, `flash` | the attention backend of this name |
+//! | `cpu`, `plain`, `flash`, `splitkv` | the attention backend of this name |
 //! | `ngram`, `dflash` | the proposer of this name |
 //! | `program` | the `polyattn` program, also as a function of a library ([`program`]), and [`models`] |
 //!
@@ -71,3 +71,5 @@ pub use polyattn_nn as nn;
 #[cfg(feature = "plain")]
 pub use polyattn_plain as plain;
 pub use polyattn_replay as replay;
+#[cfg(feature = "splitkv")]
+pub use polyattn_splitkv as splitkv;

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use polyattn_cpu as _;
 use polyattn_flash as _;
 use polyattn_plain as _;
+use polyattn_splitkv as _;
 
 fn main() -> ExitCode {
     polyattn_conformance::backend_main("all")

@@ -228,7 +228,10 @@ fn names_that_nobody_has_are_answered_with_those_there_are() {
     let model = family("llama");
     for (args, wanted) in [
         (["--proposer", "crystal-ball"], "unknown proposer 'crystal-ball'; registered are: dflash, ngram"),
-        (["--attention-backend", "abacus"], "unknown attention backend 'abacus'; registered are: cpu, flash, plain"),
+        (
+            ["--attention-backend", "abacus"],
+            "unknown attention backend 'abacus'; registered are: cpu, flash, plain, splitkv",
+        ),
         (["--attention-backend", "plain"], "backend 'plain' cannot serve target prefill layer 'full': needs a GPU"),
         (["--proposer", "dflash"], "proposer 'dflash' needs a draft model: --draft-model DIR"),
         (["--seed", "-1"], "invalid value '-1' for '--seed <S>'"),

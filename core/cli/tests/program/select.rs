@@ -237,7 +237,7 @@ fn explain_tells_people_why_and_what_would_change_it() {
     assert_eq!(run.code, 0, "{run:?}");
     for wanted in [
         "the only one that can serve; 'flash' is preferred and declines",
-        "prefill, decode, verify",
+        "decode, verify",
         "needs a GPU",
         "--device gpu",
         "The cache of target layer 'full' has the layout page-token-head.",
