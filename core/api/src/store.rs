@@ -319,9 +319,16 @@ pub(crate) fn move_kv(
             tensors.push((io.v_scale.ok_or_else(missing)?, (heads, 4)));
         }
     }
-    let slots = io.moves.iter().flatten().max().map_or(0, |slot| u64::from(*slot) + 1).next_multiple_of(io.page_size.max(1).into());
+    let slots = io
+        .moves
+        .iter()
+        .flatten()
+        .max()
+        .map_or(0, |slot| u64::from(*slot) + 1)
+        .next_multiple_of(io.page_size.max(1).into());
     if io.words.bytes() < io.moves.len() as u64 * 8 {
-        let message = format!("moves have {} bytes, {} of them need {}", io.words.bytes(), io.moves.len(), io.moves.len() * 8);
+        let message =
+            format!("moves have {} bytes, {} of them need {}", io.words.bytes(), io.moves.len(), io.moves.len() * 8);
         return Err(BackendError::Io(message));
     }
     for (cache, (parts, bytes)) in tensors {

@@ -5,10 +5,10 @@ use std::{
 };
 
 use polyattn_api::{
-    AcceptanceRule, AttentionConfig, AttentionKernel, BackendChoice, BackendName, DraftAttention, Drafter, EngineConfig,
-    Fixed, KernelConfig, KvCacheConfig, LengthPolicy, LoadContext, Match, ModelConfig, Phase, PrefixReuse,
-    ProposerError, Registry, Resolution, Role, SpeculativeConfig, StrategyConfig, TapSpec, TargetFacts, TreeBuilder,
-    resolve,
+    AcceptanceRule, AttentionConfig, AttentionKernel, BackendChoice, BackendName, DraftAttention, Drafter,
+    EngineConfig, Fixed, KernelConfig, KvCacheConfig, LengthPolicy, LoadContext, Match, ModelConfig, Phase,
+    PrefixReuse, ProposerError, Registry, Resolution, Role, SpeculativeConfig, StrategyConfig, TapSpec, TargetFacts,
+    TreeBuilder, resolve,
 };
 use polyattn_device::{Commands, Device, Readback};
 use polyattn_nn::{

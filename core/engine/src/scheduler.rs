@@ -224,7 +224,11 @@ impl Engine {
     ///
     /// # Errors
     /// As [`add_request`](Self::add_request).
-    pub fn add_streaming_request(&mut self, request: Request, callback: TokenCallback) -> Result<RequestId, EngineError> {
+    pub fn add_streaming_request(
+        &mut self,
+        request: Request,
+        callback: TokenCallback,
+    ) -> Result<RequestId, EngineError> {
         self.add(request, Some(callback))
     }
 
@@ -529,11 +533,12 @@ impl Engine {
     /// Who ran in a pass, for the reports of its requests; those that ended in it are told by their events.
     fn attribute(&mut self, ids: &[u64], backends: &Backends, calls: &BTreeMap<&'static str, u64>) {
         for id in ids {
+            let place = self.place(*id);
             let ended = self.events.iter_mut().find_map(|event| match &mut event.what {
                 Happened::Finished(generation) if event.request.0 == *id => Some(generation),
                 _ => None,
             });
-            let (held, counted) = match (ended, self.place(*id)) {
+            let (held, counted) = match (ended, place) {
                 (Some(generation), _) => (&mut generation.backends, &mut generation.calls),
                 (None, Some(at)) => {
                     let one = &mut self.running[at];
@@ -655,7 +660,8 @@ impl Engine {
             one.prefilled = true;
             let nothing = Draft::default();
             let verification = Verification::new(&nothing, &one.tokens, &one.request.sampling, answer);
-            let (bonus, judged) = (polyattn_api::AcceptanceRule::accept(&Match, &verification).bonus, one.tokens.len() - 1);
+            let (bonus, judged) =
+                (polyattn_api::AcceptanceRule::accept(&Match, &verification).bonus, one.tokens.len() - 1);
             if let Err(error) = self.check_finite(&answer, 0, judged) {
                 self.fail_one(id, error);
                 continue;
@@ -694,11 +700,7 @@ impl Engine {
     fn can_run_ahead(&self) -> bool {
         match &self.running[..] {
             [one] => {
-                self.waiting.is_empty()
-                    && self.recorder.is_none()
-                    && one.prefilled
-                    && one.takes_best()
-                    && !one.drafts
+                self.waiting.is_empty() && self.recorder.is_none() && one.prefilled && one.takes_best() && !one.drafts
             }
             _ => false,
         }
@@ -766,10 +768,10 @@ impl Engine {
         let begun = Instant::now();
         // As many as the pass has rows for, and the rows that each may take.
         let rows = self.runner.sizes().head_rows.min(self.runner.sizes().rows) as usize;
-        let decoding: Vec<u64> =
-            self.running.iter().filter(|one| one.prefilled).map(|one| one.id).take(rows).collect();
+        let decoding: Vec<u64> = self.running.iter().filter(|one| one.prefilled).map(|one| one.id).take(rows).collect();
         let share = (rows / decoding.len().max(1)) as u32;
-        let widths: BTreeMap<u64, u32> = decoding.iter().map(|id| (*id, self.width(*id, decoding.len(), share))).collect();
+        let widths: BTreeMap<u64, u32> =
+            decoding.iter().map(|id| (*id, self.width(*id, decoding.len(), share))).collect();
         // The anchors' own places first: for those, younger requests give way.
         let decoding: Vec<u64> = decoding
             .into_iter()
@@ -864,7 +866,9 @@ impl Engine {
 
     /// Pages for a draft: where there are none, the request goes without.
     fn reserve_draft(&mut self, id: u64, width: u32) -> bool {
-        let (page_size, Some(at), Some(drafting)) = (self.page_size(), self.place(id), &self.drafting) else { return false };
+        let (page_size, Some(at), Some(drafting)) = (self.page_size(), self.place(id), &self.drafting) else {
+            return false;
+        };
         let nodes = drafting.tree.as_ref().map_or(width, |(_, nodes)| *nodes);
         let block = self.running[at].tokens.len() + drafting.drafter.max_tokens().max(nodes) as usize;
         self.pages.grow(&mut self.running[at].pages, block.div_ceil(page_size)).is_ok()
@@ -924,7 +928,12 @@ impl Engine {
     }
 
     /// What each sequence puts into the pass, and the buffer of drafts that are on the device.
-    fn lay_out(&self, decoding: &[u64], asked: &[(u64, u32)], proposal: Option<Proposal>) -> (Vec<Part>, Option<Buffer>) {
+    fn lay_out(
+        &self,
+        decoding: &[u64],
+        asked: &[(u64, u32)],
+        proposal: Option<Proposal>,
+    ) -> (Vec<Part>, Option<Buffer>) {
         let vocab = self.model.vocab_size;
         let mut drafts: BTreeMap<u64, Draft> = BTreeMap::new();
         let mut places: BTreeMap<u64, (u32, u32)> = BTreeMap::new();
@@ -1033,7 +1042,8 @@ impl Engine {
             });
             if !is_path {
                 let rule = self.drafting.as_ref().map_or("", |drafting| drafting.rule.name());
-                let message = format!("acceptance rule '{rule}' kept nodes {nodes:?} of {}, which are no path", part.draft);
+                let message =
+                    format!("acceptance rule '{rule}' kept nodes {nodes:?} of {}, which are no path", part.draft);
                 self.fail_one(part.id, EngineError::Request(message));
                 continue;
             }

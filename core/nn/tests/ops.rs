@@ -473,8 +473,7 @@ fn top_k() {
             run(&device, |commands| {
                 ops::top_k(commands, logits.whole(), rows as u32, cols as u32, k as u32, ids.whole(), logs.whole())
             });
-            let (ids, logs): (Vec<u32>, Vec<f32>) =
-                (device.download(&ids).unwrap(), device.download(&logs).unwrap());
+            let (ids, logs): (Vec<u32>, Vec<f32>) = (device.download(&ids).unwrap(), device.download(&logs).unwrap());
             for (row, values) in data.chunks(cols).enumerate() {
                 let mut ranked: Vec<(u32, f32)> =
                     (0..).zip(values).filter(|(_, x)| !x.is_nan()).map(|(id, x)| (id, *x)).collect();

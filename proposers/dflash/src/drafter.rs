@@ -1,9 +1,9 @@
 use std::sync::Arc;
 
 use polyattn_api::{
-    AttentionKernel, BackendError, BatchLayout, Buffer, Candidate, Commands, CommittedRows, DType, Device, Draft, Drafter,
-    LoadContext, Marginals, Outcome, Plan, PrefixReuse, Proposal, ProposeContext, ProposerError, Purpose, Sampling,
-    StoreKv, TapSpec, TreeWish,
+    AttentionKernel, BackendError, BatchLayout, Buffer, Candidate, Commands, CommittedRows, DType, Device, Draft,
+    Drafter, LoadContext, Marginals, Outcome, Plan, PrefixReuse, Proposal, ProposeContext, ProposerError, Purpose,
+    Sampling, StoreKv, TapSpec, TreeWish,
 };
 use polyattn_nn::{
     NnError, WeightLoader,
@@ -255,7 +255,11 @@ impl DFlashDrafter {
         let mut positions = Vec::with_capacity(rows as usize);
         for committed @ CommittedRows { position, pages, .. } in outcome.sequences {
             let length = position + committed.count();
-            batch.push(committed.count(), length, self.pages(pages, length).map_err(|error| NnError::Shape(error.to_string()))?);
+            batch.push(
+                committed.count(),
+                length,
+                self.pages(pages, length).map_err(|error| NnError::Shape(error.to_string()))?,
+            );
             positions.extend(*position..length);
         }
         self.device.write(&memory.positions, 0, &positions)?;
@@ -379,8 +383,10 @@ impl DFlashDrafter {
     /// The states of the slots that are wanted, one behind the other. Answers how many.
     fn gather_head_rows(&self, commands: &mut Commands, widths: &[u32]) -> Result<u32, NnError> {
         let (memory, block) = (&self.memory, self.config.block_size);
-        let places: Vec<u32> =
-            (0..).zip(widths).flat_map(|(sequence, width)| (1..=*width).map(move |slot| sequence * block + slot)).collect();
+        let places: Vec<u32> = (0..)
+            .zip(widths)
+            .flat_map(|(sequence, width)| (1..=*width).map(move |slot| sequence * block + slot))
+            .collect();
         self.device.write(&memory.head_places, 0, &places)?;
         let (from, places_of, to) = (memory.normed.whole(), memory.head_places.whole(), memory.head_rows.whole());
         ops::gather_rows(commands, from, self.shape.hidden_size, places_of, places.len() as u32, to)?;

@@ -7,7 +7,9 @@ use sha2::{Digest, Sha256};
 
 use super::gguf::Gguf;
 use super::map::{read_json_object, read_text};
-use super::{ChatTemplate, Checkpoint, CheckpointFormat, DecoderConfig, LoadError, StoredType, TextTokenizer, WeightName};
+use super::{
+    ChatTemplate, Checkpoint, CheckpointFormat, DecoderConfig, LoadError, StoredType, TextTokenizer, WeightName,
+};
 
 /// How many bytes of each end of each tensor the fingerprint covers.
 const SAMPLE: usize = 4096;

@@ -365,7 +365,8 @@ pub(super) fn top_k(
     logits.par_chunks_exact(cols).zip(chosen).for_each(|(row, (ids, logs))| {
         let mut ranked: Vec<(u32, f32)> = (0..).zip(row).filter(|(_, x)| !x.is_nan()).map(|(id, x)| (id, *x)).collect();
         // −0 and 0 are equal.
-        let falling = |a: &(u32, f32), b: &(u32, f32)| b.1.partial_cmp(&a.1).unwrap_or(Ordering::Equal).then(a.0.cmp(&b.0));
+        let falling =
+            |a: &(u32, f32), b: &(u32, f32)| b.1.partial_cmp(&a.1).unwrap_or(Ordering::Equal).then(a.0.cmp(&b.0));
         if ranked.len() > k {
             ranked.select_nth_unstable_by(k - 1, falling);
         }

@@ -216,10 +216,8 @@ impl Drive<'_> {
     /// The same with the drafter's own error.
     pub(super) fn try_propose(&mut self, wanted: &[(&Text, u32)]) -> Result<Drafts, ProposerError> {
         let device = self.stage.device();
-        let sequences: Vec<_> = wanted
-            .iter()
-            .map(|(text, width)| DraftSequence::new(text.id, &text.tokens, *width, &text.pages))
-            .collect();
+        let sequences: Vec<_> =
+            wanted.iter().map(|(text, width)| DraftSequence::new(text.id, &text.tokens, *width, &text.pages)).collect();
         let lent = Lent { decoder: &self.stage.decoder, asked: RefCell::default() };
         let mut commands = device.commands()?;
         let proposal = self.drafter.propose(&mut ProposeContext::new(&mut commands, &sequences, &lent))?;
