@@ -62,6 +62,10 @@ pub(crate) struct Args {
     #[arg(long, value_name = "P", default_value_t = 1.0, allow_negative_numbers = true)]
     top_p: f64,
 
+    /// Logits of tokens that the text has are divided by it where positive, multiplied where negative.
+    #[arg(long, value_name = "R", default_value_t = 1.0, allow_negative_numbers = true)]
+    repetition_penalty: f64,
+
     /// The same seed draws the same tokens.
     #[arg(long, value_name = "S", default_value_t = 0, allow_negative_numbers = true)]
     seed: u64,
@@ -102,6 +106,8 @@ pub(crate) struct GenerateOptions {
     pub(crate) top_k: Option<usize>,
     /// Above 0, up to 1, which is all tokens.
     pub(crate) top_p: f64,
+    /// Above 0; 1 changes nothing.
+    pub(crate) repetition_penalty: f64,
     /// The seed.
     pub(crate) seed: u64,
     /// Attention calls to write down.
@@ -140,6 +146,9 @@ impl TryFrom<Args> for GenerateOptions {
         if !(args.top_p > 0.0 && args.top_p <= 1.0) {
             return fault("--top-p", format!("{} is out of range, above 0 and up to 1", args.top_p));
         }
+        if !(args.repetition_penalty.is_finite() && args.repetition_penalty > 0.0) {
+            return fault("--repetition-penalty", format!("{} is out of range, above 0", args.repetition_penalty));
+        }
         if args.model.model.as_deref() == Some("") {
             return fault("--model", "'' is no name, file or folder".into());
         }
@@ -154,6 +163,7 @@ impl TryFrom<Args> for GenerateOptions {
             temperature: args.temperature,
             top_k: args.top_k,
             top_p: args.top_p,
+            repetition_penalty: args.repetition_penalty,
             seed: args.seed,
             record: args.record.map(|folder| Record { folder, layer: args.record_layer, step: args.record_step }),
         })
@@ -199,8 +209,8 @@ pub(crate) fn run(args: Args, context: &Context) -> Ended {
         temperature: options.temperature,
         top_k: options.top_k,
         top_p: options.top_p,
+        repetition_penalty: options.repetition_penalty,
         seed: options.seed,
-        ..Sampling::default()
     };
     let mut words = Words { detokenizer: tokenizer.detokenizer(), silent: context.json, fault: None };
     let interrupted = interrupt::flag();
@@ -227,6 +237,9 @@ pub(crate) fn run(args: Args, context: &Context) -> Ended {
             prefill_seconds: generation.prefill.as_secs_f64(),
             decode_seconds: generation.decode.as_secs_f64(),
             acceptance: generation.acceptance.as_ref(),
+            strategies: engine.strategies().map(|(tree, acceptance, length)| StrategyNames { tree, acceptance, length }),
+            lossless: generation.lossless,
+            drafter_lost: generation.drafter_lost,
         };
         output::print(&output::json(&answer)?)?;
     } else {
@@ -324,6 +337,18 @@ struct Answer<'a> {
     prefill_seconds: f64,
     decode_seconds: f64,
     acceptance: Option<&'a Acceptance>,
+    strategies: Option<StrategyNames<'a>>,
+    /// Whether the tokens follow the target's distribution.
+    lossless: bool,
+    drafter_lost: bool,
+}
+
+/// How drafts were used.
+#[derive(Serialize)]
+struct StrategyNames<'a> {
+    tree: &'a str,
+    acceptance: &'a str,
+    length: &'a str,
 }
 
 /// Who served what, how fast, and how drafts fared.
