@@ -410,6 +410,7 @@ mod tests {
             temperature: 0.0,
             top_k: None,
             top_p: 1.0,
+            repetition_penalty: 1.0,
             seed: 0,
             record: None,
         };

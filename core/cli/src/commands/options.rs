@@ -419,6 +419,7 @@ mod tests {
             attention_backend: BackendName::parse("flash"),
             moe_backend: Some("Grouped".into()),
             num_speculative_tokens: Some(7),
+            ..SpeculativeChoice::default()
         };
         let object = r#"{"method":"DFlash","attention_backend":"FLASH","moe_backend":"Grouped","num_speculative_tokens":7,"model":"drafter"}"#;
         assert_eq!(good(&["--speculative-config", object]), want);
@@ -486,6 +487,24 @@ mod tests {
         assert!(refused(&["--proposer", "a", "--proposer", "b"]).contains("contradict"));
         let twice = ["--speculative-config", r#"{"method":"a"}"#, "--speculative-config", r#"{"method":"b"}"#];
         assert!(refused(&twice).contains("contradict"));
+    }
+
+    #[test]
+    fn strategies_are_names_or_objects() {
+        let found = good(&[
+            "--speculative-config",
+            r#"{"tree":"Top-K","tree_nodes":12,"length":{"name":"fixed","parameters":{"tokens":3}}}"#,
+            "--speculative-config.tree",
+            "top-k",
+            "--speculative-config.acceptance",
+            r#"{"name":"synthetic","parameters":{"length":4}}"#,
+        ]);
+        assert_eq!((found.tree, found.tree_nodes), (Some(StrategyConfig::new("top-k")), Some(12)));
+        assert_eq!(found.length.map(|length| length.to_string()).as_deref(), Some(r#"fixed {"tokens":3}"#));
+        assert_eq!(found.acceptance.map(|rule| rule.name).as_deref(), Some("synthetic"));
+        let two = ["--speculative-config.tree", "top-k", "--speculative-config.tree", "static"];
+        assert!(refused(&two).contains("contradict"));
+        assert!(refused(&["--speculative-config.length", "{\"nom\":1}"]).contains("unknown field `nom`"));
     }
 
     #[test]
