@@ -8,14 +8,14 @@ use std::{
 
 use polyattn_api::{
     AttentionConfig, AttentionKernel, BackendChoice, BackendName, CommittedRows, DraftAttention, DraftSequence,
-    Drafter, EngineConfig, KernelConfig, KvCacheConfig, LayerConfig, LoadContext, ModelConfig, Outcome, Phase,
-    Proposal, ProposeContext, ProposerError, Registry, Resolution, Role, SpeculativeConfig, TargetFacts, WindowConfig,
-    resolve,
+    Drafter, EngineConfig, KernelConfig, KvCacheConfig, LayerConfig, LoadContext, ModelConfig, MoeConfig, Outcome,
+    Phase, Proposal, ProposeContext, ProposerError, Registry, Resolution, Role, SpeculativeConfig, TargetFacts,
+    WindowConfig, resolve,
 };
 use polyattn_device::{Commands, DType, Device, Readback};
 use polyattn_nn::{
     decoder::Decoder,
-    load::{DecoderConfig, ModelSource, StoredType, WeightName},
+    load::{DecoderConfig, LayerWeight, ModelSource, StoredType, WeightName},
 };
 
 use crate::{
@@ -178,7 +178,7 @@ impl Engine {
         let context = options.context.unwrap_or(8192).min(model.context_length);
         let dtype = activation_dtype(source)?;
         let facts = TargetFacts::new(model.layers, model.hidden_size, model.vocab_size, model.context_length);
-        let (layers, layer_kinds) = layer_kinds(&model);
+        let (layers, layer_kinds) = layer_kinds(source)?;
         let speculative = options.speculative.as_ref();
         let checkpoint = speculative.and_then(|speculative| speculative.model.as_deref());
         let proposer = speculative.and_then(|speculative| registry.proposer(&speculative.method));
@@ -243,7 +243,15 @@ impl Engine {
             None => (1, Vec::new()),
         };
         let sizes = RunnerSizes { rows: rows.max(head_rows), head_rows, pool_pages, page_size: options.page_size };
-        let runner = Runner::new(device, Arc::clone(&decoder), layer_kinds, sizes, dtype, &taps)?;
+        let runner = Runner::new(
+            device,
+            Arc::clone(&decoder),
+            layer_kinds,
+            sizes,
+            dtype,
+            &taps,
+            resolution.moe_of(Role::Target).next(),
+        )?;
         Ok(Self {
             device: device.clone(),
             config,
@@ -423,8 +431,9 @@ fn activation_dtype(source: &ModelSource) -> Result<DType, EngineError> {
     })
 }
 
-/// The layer kinds of a model, and for each layer the place of its kind.
-fn layer_kinds(model: &DecoderConfig) -> (Vec<LayerConfig>, Vec<usize>) {
+/// The layer kinds of a model, and for each layer the place of its kind. A kind has experts where one of its layers has.
+fn layer_kinds(source: &ModelSource) -> Result<(Vec<LayerConfig>, Vec<usize>), EngineError> {
+    let model = &source.config;
     let mut windows: Vec<Option<u32>> = Vec::new();
     let mut kinds: Vec<LayerConfig> = Vec::new();
     let mut places = Vec::new();
@@ -432,16 +441,38 @@ fn layer_kinds(model: &DecoderConfig) -> (Vec<LayerConfig>, Vec<usize>) {
         let window = model.window(layer);
         let place = windows.iter().position(|other| *other == window).unwrap_or_else(|| {
             let name = window.map_or("full".to_owned(), |keys| format!("sliding-{keys}"));
-            let mut kind = LayerConfig::gqa(name, 0, model.query_heads, model.kv_heads, model.head_dim);
+            let mut kind = match &model.latent {
+                None => LayerConfig::gqa(name, 0, model.query_heads, model.kv_heads, model.head_dim),
+                Some(latent) => {
+                    let kind = LayerConfig::mla(name, 0, model.query_heads, latent.latent_dim, latent.rope_dim);
+                    LayerConfig { scale: Some(latent.scale), ..kind }
+                }
+            };
             kind.window = window.map(WindowConfig::Keys);
             windows.push(window);
             kinds.push(kind);
             kinds.len() - 1
         });
-        kinds[place].count += 1;
+        let kind = &mut kinds[place];
+        kind.count += 1;
+        if let Some(experts) = model.experts.as_ref().filter(|_| model.has_experts(layer) && kind.moe.is_none()) {
+            let name = WeightName::Expert { layer, expert: 0, weight: LayerWeight::Gate };
+            let dtype = match source.checkpoint.dtype(&name.in_format(source.checkpoint.format()))? {
+                StoredType::F32 => DType::F32,
+                StoredType::BF16 => DType::BF16,
+                _ => DType::F16,
+            };
+            kind.moe = Some(MoeConfig {
+                experts: experts.experts,
+                experts_per_token: experts.per_token,
+                hidden_size: model.hidden_size,
+                intermediate_size: experts.intermediate_size,
+                dtype: Some(dtype),
+            });
+        }
         places.push(place);
     }
-    (kinds, places)
+    Ok((kinds, places))
 }
 
 /// One request under way.
