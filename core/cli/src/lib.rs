@@ -33,6 +33,7 @@
 //! | feature | what it adds |
 //! |---|---|
 //! | `cpu`, `plain`, `flash`, `splitkv` | the attention backend of this name |
+//! | `moe-dense`, `moe-grouped` | the backend for mixtures of experts called `dense`, `grouped` |
 //! | `ngram`, `dflash` | the proposer of this name |
 //! | `program` | the `polyattn` program, also as a function of a library ([`program`]), and [`models`] |
 //!
@@ -65,6 +66,10 @@ pub use polyattn_dflash as dflash;
 pub use polyattn_engine as engine;
 #[cfg(feature = "flash")]
 pub use polyattn_flash as flash;
+#[cfg(feature = "moe-dense")]
+pub use polyattn_moe_dense as moe_dense;
+#[cfg(feature = "moe-grouped")]
+pub use polyattn_moe_grouped as moe_grouped;
 #[cfg(feature = "ngram")]
 pub use polyattn_ngram as ngram;
 pub use polyattn_nn as nn;

@@ -349,7 +349,8 @@ fn a_common_beginning_is_shared() {
     let folder = tempfile::tempdir().unwrap();
     let model = dflash(&source, folder.path());
     let system: Vec<u32> = (0..50).map(|place| 20 + place * 7 % 31).collect();
-    let texts: Vec<Vec<u32>> = [[1, 2, 3], [4, 5, 6], [1, 2, 3]].iter().map(|end| [&system[..], end].concat()).collect();
+    let texts: Vec<Vec<u32>> =
+        [[1, 2, 3], [4, 5, 6], [1, 2, 3]].iter().map(|end| [&system[..], end].concat()).collect();
     let mut alone = engine(&source, &device, &EngineOptions::default().with_context(128));
     for (method, model) in [(None, None), (Some("ngram"), None), (Some("dflash"), Some(model))] {
         let mut options = match method {
@@ -396,7 +397,10 @@ fn strategies_that_do_not_fit_are_refused() {
     };
     let error = |change: &dyn Fn(&mut SpeculativeOptions)| load(change).unwrap_err().to_string();
     let text = error(&|options| options.tree = Some(StrategyConfig::new("oak")));
-    assert!(text.contains("speculative.tree: unknown tree builder 'oak'") && text.contains("best-first, chain"), "{text}");
+    assert!(
+        text.contains("speculative.tree: unknown tree builder 'oak'") && text.contains("best-first, chain"),
+        "{text}"
+    );
     let text = error(&|options| options.acceptance = Some(StrategyConfig::new("always")));
     assert!(text.contains("speculative.acceptance") && text.contains("rejection"), "{text}");
     let text = error(&|options| options.length = Some(StrategyConfig::new("long")));
@@ -448,9 +452,9 @@ fn policies_are_asked() {
         for (got, (want, margins)) in got.iter().zip(&want) {
             assert_same_up_to_ties(&got.tokens, want, margins, name);
         }
-        got.into_iter().filter_map(|one| one.acceptance).fold((0, 0), |(steps, most), one| {
-            (steps + one.drafted_steps, most.max(one.per_position.len()))
-        })
+        got.into_iter()
+            .filter_map(|one| one.acceptance)
+            .fold((0, 0), |(steps, most), one| (steps + one.drafted_steps, most.max(one.per_position.len())))
     };
     assert_eq!(policy("fixed", serde_json::json!({"tokens": 0})), (0, 0));
     assert_eq!(policy("fixed", serde_json::json!({"tokens": 2})).1, 2);

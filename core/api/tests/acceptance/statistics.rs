@@ -207,7 +207,11 @@ impl AcceptanceRule for Biased {
             }
             let token = verification.token(depth as u32);
             let softmax = || {
-                let last = if depth == 0 { verification.text[verification.text.len() - 1] } else { verification.token(depth as u32 - 1) };
+                let last = if depth == 0 {
+                    verification.text[verification.text.len() - 1]
+                } else {
+                    verification.token(depth as u32 - 1)
+                };
                 sampling.distribution(&logits(DRAFTER, last, verification.text.len() + depth), &[])
             };
             let q = match self {

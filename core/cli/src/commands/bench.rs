@@ -157,6 +157,7 @@ pub(crate) fn run(args: Args, context: &Context) -> Ended {
         let attention = args.model.attention()?;
         setup.attention = attention.attention;
         setup.backend_config = attention.backend_config;
+        setup.kernel.moe_backend = attention.moe_backend;
         let mut engine = model.engine(&device, &setup)?;
         answer.weight_bytes = engine.weight_bytes();
         let widths: Vec<Option<u32>> = match (engine.proposer(), args.num_speculative_tokens.as_slice()) {

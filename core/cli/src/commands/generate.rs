@@ -9,7 +9,7 @@ use std::{
 };
 
 use crate::{
-    api::{EngineConfig, ModelConfig},
+    api::{EngineConfig, ModelConfig, Role},
     engine::{Acceptance, Backends, Engine, EngineOptions, Generation, RecordOptions, Request, Sampling, StopReason},
     nn::load::{ChatMessage, Detokenizer},
 };
@@ -194,6 +194,7 @@ pub(crate) fn run(args: Args, context: &Context) -> Ended {
         .with_speculative(model.speculative(&options.speculative)?);
     setup.attention = options.attention.attention.clone();
     setup.backend_config = options.attention.backend_config.clone();
+    setup.kernel.moe_backend = options.attention.moe_backend.clone();
     setup.record = options.record.clone().map(|record| RecordOptions {
         folder: record.folder,
         layer: record.layer,
@@ -231,13 +232,18 @@ pub(crate) fn run(args: Args, context: &Context) -> Ended {
             proposer: engine.proposer().map(|(name, _)| name),
             num_speculative_tokens: engine.proposer().map(|(_, tokens)| tokens),
             backends: &generation.backends,
+            moe_backends: MoeBackends::of(&engine),
             calls: &generation.calls,
             steps: generation.steps,
             tokens_per_second: generation.tokens_per_second(),
             prefill_seconds: generation.prefill.as_secs_f64(),
             decode_seconds: generation.decode.as_secs_f64(),
             acceptance: generation.acceptance.as_ref(),
-            strategies: engine.strategies().map(|(tree, acceptance, length)| StrategyNames { tree, acceptance, length }),
+            strategies: engine.strategies().map(|(tree, acceptance, length)| StrategyNames {
+                tree,
+                acceptance,
+                length,
+            }),
             lossless: generation.lossless,
             drafter_lost: generation.drafter_lost,
         };
@@ -331,6 +337,8 @@ struct Answer<'a> {
     proposer: Option<&'a str>,
     num_speculative_tokens: Option<u32>,
     backends: &'a Backends,
+    /// Null where neither model has experts.
+    moe_backends: Option<MoeBackends>,
     calls: &'a BTreeMap<&'static str, u64>,
     steps: u64,
     tokens_per_second: f64,
@@ -351,6 +359,21 @@ struct StrategyNames<'a> {
     length: &'a str,
 }
 
+/// Who serves the experts of a model, null where it has none.
+#[derive(Serialize)]
+struct MoeBackends {
+    target: Option<&'static str>,
+    draft: Option<&'static str>,
+}
+
+impl MoeBackends {
+    fn of(engine: &Engine) -> Option<Self> {
+        let [target, draft] = [Role::Target, Role::Draft]
+            .map(|role| engine.resolution().moe_of(role).next().map(|moe| moe.backend.name()));
+        (target.is_some() || draft.is_some()).then_some(Self { target, draft })
+    }
+}
+
 /// Who served what, how fast, and how drafts fared.
 fn summary(engine: &Engine, generation: &Generation) -> String {
     let mut table = output::table(&["role", "phase", "attention backend"]);
@@ -367,6 +390,9 @@ fn summary(engine: &Engine, generation: &Generation) -> String {
         generation.tokens.len(),
         generation.tokens_per_second()
     );
+    for moe in &engine.resolution().moe {
+        text += &format!("\nexperts of the {}: {}", moe.problem.role, moe.backend.name());
+    }
     if let (Some((name, width)), Some(acceptance)) = (engine.proposer(), &generation.acceptance) {
         text += &format!(
             "\n{name} drafting {width}: mean acceptance length {:.2}, {} target passes",

@@ -33,6 +33,11 @@ pub(crate) struct ModelArgs {
     /// Configurations of backends, an object by backend name.
     #[arg(long, value_name = "JSON")]
     pub(crate) backend_config: Option<String>,
+
+    /// The target's mixture-of-experts backend; automatically selected when unset, not looked at where the model has no
+    /// experts.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) moe_backend: Option<String>,
 }
 
 /// Who may serve a model's attention, and how they are set up.
@@ -42,6 +47,8 @@ pub(crate) struct AttentionOptions {
     pub(crate) attention: AttentionConfig,
     /// Configurations of backends, by name.
     pub(crate) backend_config: BTreeMap<String, serde_json::Value>,
+    /// The target's mixture-of-experts backend.
+    pub(crate) moe_backend: Option<String>,
 }
 
 impl ModelArgs {
@@ -57,6 +64,7 @@ impl ModelArgs {
         if let Some(text) = &self.backend_config {
             options.backend_config = object("--backend-config", text)?;
         }
+        options.moe_backend = self.moe_backend.as_deref().and_then(MoeName::parse).map(|name| name.0);
         if let Some(name) = self.attention_backend.as_deref().and_then(BackendName::parse) {
             let named = BackendChoice::Require(name.clone());
             let config = std::mem::replace(&mut options.attention.backend, named);
