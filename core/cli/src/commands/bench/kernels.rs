@@ -50,7 +50,7 @@ pub(super) struct Args {
     page_size: u32,
 
     /// Seconds to measure each backend on each shape, about.
-    #[arg(long, value_name = "S", default_value_t = 0.25, value_parser = seconds)]
+    #[arg(long, value_name = "S", default_value_t = 0.1, value_parser = seconds)]
     seconds: f64,
 
     /// Draw a roofline: operations for each byte against operations by the second.
@@ -110,6 +110,11 @@ pub(super) struct About {
     query_dim: u32,
     output_dim: u32,
     dtype: String,
+    scale: f32,
+    /// Keys that a row sees, its own included; all before it where absent.
+    window: Option<u32>,
+    softcap: Option<f32>,
+    sinks: bool,
     batch: u32,
     query_rows: u32,
     context: u32,
@@ -208,6 +213,10 @@ impl About {
             query_dim: kind.query_dim(),
             output_dim: kind.output_dim(),
             dtype: shape.problem.dtype.to_string(),
+            scale: shape.problem.scale,
+            window: shape.problem.window.and_then(|window| window.left).map(|left| left + 1),
+            softcap: shape.problem.softcap,
+            sinks: shape.problem.sinks,
             batch: shape.batch,
             query_rows: shape.rows,
             context: shape.context,
@@ -462,7 +471,7 @@ fn table(answer: &Answer) -> String {
 }
 
 /// A number with at least three significant digits and no more behind the point than that takes.
-fn significant(number: f64) -> String {
+pub(super) fn significant(number: f64) -> String {
     let behind = (2.0 - number.abs().log10().floor()).clamp(0.0, 6.0);
     format!("{number:.*}", behind as usize)
 }

@@ -3,7 +3,7 @@
 
 use std::fmt::Write;
 
-use super::kernels::Answer;
+use super::kernels::{Answer, significant};
 
 const WIDTH: f64 = 960.0;
 const HEIGHT: f64 = 600.0;
@@ -92,10 +92,11 @@ pub(super) fn roofline(answer: &Answer) -> String {
     text((x.from + x.to) / 2.0, HEIGHT - 12.0, "middle", "FLOP / byte");
     text(x.from, y.to - 8.0, "start", "TFLOP/s");
     for (name, peak) in &peaks {
-        text(x.to + 6.0, y.at(*peak) + 4.0, "start", &format!("{name} {peak:.2}"));
+        text(x.to + 6.0, y.at(*peak) + 4.0, "start", &format!("{name} {}", significant(*peak)));
     }
     let place = (lowest * ridge).sqrt();
-    text(x.at(place) - 8.0, y.at(place * bandwidth) - 8.0, "end", &format!("copy {:.0} GB/s", bandwidth * 1e3));
+    let copied = significant(bandwidth * 1e3);
+    text(x.at(place) + 8.0, y.at(place * bandwidth) + 16.0, "start", &format!("copy {copied} GB/s"));
 
     let mut names: Vec<&str> = Vec::new();
     for (name, ..) in &points {
@@ -107,12 +108,13 @@ pub(super) fn roofline(answer: &Answer) -> String {
         for (_, shape, intensity, reached) in points.iter().filter(|point| point.0 == *name && point.3 > 0.0) {
             let _ = writeln!(
                 svg,
-                "<circle cx=\"{:.1}\" cy=\"{:.1}\" r=\"4\" fill=\"{colour}\" fill-opacity=\"0.7\"><title>{}: {} {reached:.3} \
+                "<circle cx=\"{:.1}\" cy=\"{:.1}\" r=\"4\" fill=\"{colour}\" fill-opacity=\"0.7\"><title>{}: {} {} \
                  TFLOP/s</title></circle>",
                 x.at(*intensity),
                 y.at(*reached),
                 escaped(shape),
-                escaped(name)
+                escaped(name),
+                significant(*reached)
             );
         }
     }
