@@ -35,7 +35,7 @@
 //! | `cpu`, `plain`, `flash`, `splitkv` | the attention backend of this name |
 //! | `moe-dense`, `moe-grouped` | the backend for mixtures of experts called `dense`, `grouped` |
 //! | `ngram`, `dflash` | the proposer of this name |
-//! | `program` | the `polyattn` program, also as a function of a library ([`program`]), and [`models`] |
+//! | `program` | the `polyattn` program, also as a function of a library ([`program`]), [`models`] and [`bench`] |
 //!
 //! All are on by default. An engine that brings plugins of its own turns the default features off, names those it
 //! wants, and says `use my_backend as _;` for its own.
@@ -44,6 +44,8 @@
 
 #[cfg(feature = "program")]
 mod args;
+#[cfg(feature = "program")]
+pub mod bench;
 #[cfg(feature = "program")]
 mod commands;
 #[cfg(feature = "program")]
