@@ -14,7 +14,8 @@ use crate::{
 ///
 /// # The contract of an answer
 /// `out[r] += Σ_j weights[r, j] · down[e] (silu(gate[e] x[r]) · up[e] x[r])` with `e = ids[r, j]`, in f32. The experts of
-/// a row are chosen before; no row chooses one twice.
+/// a row are chosen before; no row chooses one twice. What stands in experts that a row did not choose, and in other rows,
+/// does not touch its answer, down to the bits: a row of a verify pass equals the row that plain decoding computes.
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct MoeProblem {

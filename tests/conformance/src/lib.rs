@@ -16,17 +16,22 @@
 //!
 //! `polyattn check NAME` runs the same. [`suite`] says what is asked.
 //!
+//! # For a backend of mixtures of experts
+//! [`moe_main`] in the same way; [`moe_suite`] says what is asked.
+//!
 //! # For a proposer
 //! [`proposer_suite`], with an example.
 
 #![forbid(unsafe_code)]
 
 mod backend;
+mod moe;
 #[cfg(feature = "proposers")]
 mod proposer;
 mod trial;
 
 pub use backend::{backend_main, suite};
+pub use moe::{moe_main, moe_suite};
 #[cfg(feature = "proposers")]
 pub use proposer::{ProposerSubject, proposer_suite};
 pub use trial::{Failure, Trial, run};

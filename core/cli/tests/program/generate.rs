@@ -98,6 +98,19 @@ fn an_answer_has_what_is_promised() {
 }
 
 #[test]
+fn a_model_with_experts_says_who_serves_them() {
+    let model = family("deepseek-moe");
+    let moe = |args: &[&str]| answer(&model, args)["moe_backends"].clone();
+    assert_eq!(moe(&[]), json!({ "target": "grouped", "draft": null }));
+    assert_eq!(moe(&["--moe-backend", "Dense"]), json!({ "target": "dense", "draft": null }));
+    assert_eq!(moe(&["--moe-backend", "AUTO", "--proposer", "ngram"])["target"], "grouped");
+    assert_eq!(answer(&family("deepseek"), &["--moe-backend", "abacus"])["moe_backends"], Value::Null);
+    let run = generate(&model, &["--moe-backend", "abacus"]);
+    assert_eq!(run.code, 2, "{run:?}");
+    assert_eq!(run.json()["error"], "unknown MoE backend 'abacus'; registered are: dense, grouped");
+}
+
+#[test]
 fn folders_that_are_no_model_are_refused() {
     type Spoil = fn(&Path);
     let cases: [(&str, Spoil); 12] = [

@@ -116,6 +116,26 @@ fn target_and_draft_are_chosen_apart() {
 }
 
 #[test]
+fn experts_are_served_by_a_backend_of_their_own() {
+    let mut config: Value = serde_json::from_str(SMALL).expect("JSON");
+    config["target"]["layers"][0]["moe"] =
+        json!({ "experts": 64, "experts_per_token": 6, "hidden_size": 2048, "intermediate_size": 1408 });
+    let answer = select(&config.to_string(), "cpu").json();
+    let declined = json!([{ "backend": "dense", "reasons": [] }]);
+    let served = json!({ "layer": "full", "backend": "grouped", "policy": "auto", "declined": declined });
+    assert_eq!(answer["moe"], json!({ "target": [served], "draft": [] }));
+    config["kernel"] = json!({ "moe_backend": "abacus" });
+    let run = select(&config.to_string(), "cpu");
+    assert_eq!(run.code, 2, "{run:?}");
+    let error = run.json()["error"].to_string();
+    assert!(error.contains("unknown MoE backend 'abacus'; registered are: dense, grouped"), "{error}");
+    config["kernel"] = json!({ "moe_backend": "dense" });
+    let run = finish(command(&["select", "-", "--device", "cpu"]), Some(&config.to_string()));
+    let line = "The experts of target layer 'full' are served by 'dense' (require), not by 'grouped': could serve.";
+    assert!(run.stdout.contains(line), "{run:?}");
+}
+
+#[test]
 fn what_cannot_be_served_says_why() {
     let with = |set: fn(&mut Value)| {
         let mut config = full();

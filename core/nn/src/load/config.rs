@@ -657,12 +657,15 @@ impl DecoderConfig {
         self.experts.as_ref().is_some_and(|experts| layer >= experts.first_layer)
     }
 
-    /// Elements of the matrices of all layers, embedding and head left out.
+    /// Elements of the matrices of all layers that a token meets, embedding and head left out: of experts those that it
+    /// chooses.
     pub fn layer_parameters(&self) -> u64 {
-        let matrices =
-            self.weights().into_iter().filter(|name| !matches!(name, WeightName::TokenEmbedding | WeightName::Output));
-        matrices
-            .map(|name| name.shape(self))
+        let met = self.weights().into_iter().filter(|name| match name {
+            WeightName::TokenEmbedding | WeightName::Output => false,
+            WeightName::Expert { expert, .. } => self.experts.as_ref().is_some_and(|all| *expert < all.per_token),
+            _ => true,
+        });
+        met.map(|name| name.shape(self))
             .filter(|shape| shape.len() == 2)
             .map(|shape| shape.iter().map(|extent| *extent as u64).product::<u64>())
             .sum()

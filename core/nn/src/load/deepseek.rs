@@ -149,3 +149,124 @@ pub(super) fn experts(json: &Json) -> Result<Option<ExpertsConfig>, LoadError> {
         scale: if normalize { 1.0 } else { factor as f32 },
     }))
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a failing test may panic")]
+mod tests {
+    use std::path::Path;
+
+    use super::super::tiny::TinyModel;
+    use super::super::{Architecture, Checkpoint, DecoderConfig, LayerWeight, WeightName};
+    use super::*;
+
+    /// The tiny model with experts with some fields replaced (or, by null, removed).
+    fn with(changes: serde_json::Value) -> Result<DecoderConfig, LoadError> {
+        let mut tiny = TinyModel::deepseek(true);
+        tiny.more.extend(changes.as_object().unwrap().clone());
+        DecoderConfig::from_hf_json(Path::new("config.json"), &tiny.config_json())
+    }
+
+    #[test]
+    fn a_configuration() {
+        let c = with(serde_json::json!({})).unwrap();
+        assert_eq!((c.architecture, c.head_dim, c.kv_heads), (Architecture::DeepseekV2, 24, 4));
+        assert_eq!((c.rope.dim, c.rope.pairing), (8, RopePairing::Interleaved));
+        let latent = c.latent.as_ref().unwrap();
+        assert_eq!((latent.query_latent_dim, latent.cache_dim(), latent.value_dim), (Some(24), 40, 24));
+        assert!((latent.scale - 24f32.powf(-0.5)).abs() < 1e-7);
+        let experts = c.experts.as_ref().unwrap();
+        assert_eq!((experts.experts, experts.per_token, experts.shared_size, experts.scale), (8, 3, Some(40), 1.5));
+        assert!(!c.has_experts(0) && c.has_experts(1) && c.has_experts(2));
+        let expert = WeightName::Expert { layer: 1, expert: 7, weight: LayerWeight::Down };
+        assert_eq!(
+            expert.in_format(super::super::CheckpointFormat::HuggingFace),
+            "model.layers.1.mlp.experts.7.down_proj.weight"
+        );
+        assert_eq!(expert.shape(&c), [64, 40]);
+        assert_eq!(WeightName::Layer(1, LayerWeight::LatentUp).shape(&c), [4 * (16 + 24), 32]);
+        assert_eq!(WeightName::Layer(1, LayerWeight::AttentionOutput).shape(&c), [64, 4 * 24]);
+
+        // What is chosen by group, and divided by the sum, is not scaled besides.
+        let changes = serde_json::json!({ "q_lora_rank": null, "topk_method": "group_limited_greedy", "n_group": 4,
+                                          "topk_group": 2, "norm_topk_prob": true, "n_shared_experts": null });
+        let c = with(changes).unwrap();
+        let experts = c.experts.as_ref().unwrap();
+        assert_eq!(experts.choice, ExpertChoice::GroupLimited { groups: 4, chosen: 2 });
+        assert_eq!((experts.normalize, experts.scale, experts.shared_size), (true, 1.0, None));
+        assert!(!c.layer_weights(0).contains(&WeightName::Layer(0, LayerWeight::QueryDown)));
+        assert_eq!(with(serde_json::json!({ "n_routed_experts": null })).unwrap().experts, None);
+    }
+
+    /// DeepSeek-V2's own numbers: the ramp lies between pairs 10 and 23 of 32.
+    #[test]
+    fn yarn() {
+        let changes = serde_json::json!({
+            "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
+            "rope_scaling": { "type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32,
+                              "beta_slow": 1, "mscale": 0.707, "mscale_all_dim": 0.707 } });
+        let c = with(changes).unwrap();
+        let plain = RopeConfig::new(10_000.0, 64, RopePairing::Interleaved).inv_freq();
+        for (pair, (found, plain)) in c.inv_freq().iter().zip(plain).enumerate() {
+            let divided = ((pair as f64 - 10.0) / 13.0).clamp(0.0, 1.0);
+            let want = plain * (1.0 - divided) + plain / 40.0 * divided;
+            assert!((found - want).abs() <= 1e-12 * want, "{pair}: {found} {want}");
+        }
+        let factor = 0.0707 * 40f64.ln() + 1.0;
+        let scale = f64::from(c.latent.unwrap().scale);
+        assert!((scale - factor * factor / 192f64.sqrt()).abs() < 1e-7, "{scale}");
+    }
+
+    #[test]
+    fn refusals_name_the_field_and_the_value() {
+        let yarn = |field: &str, value: f64| {
+            let mut yarn = serde_json::json!({ "type": "yarn", "factor": 4, "original_max_position_embeddings": 64,
+                                               "mscale": 1.0, "mscale_all_dim": 1.0 });
+            yarn[field] = value.into();
+            serde_json::json!({ "rope_scaling": yarn })
+        };
+        for (changes, says) in [
+            (serde_json::json!({ "kv_lora_rank": null }), "field 'kv_lora_rank': this field is missing"),
+            (serde_json::json!({ "kv_lora_rank": 0 }), "'kv_lora_rank': 0 is out of range"),
+            (serde_json::json!({ "kv_lora_rank": 33 }), "'kv_lora_rank': 33 is odd"),
+            (serde_json::json!({ "qk_rope_head_dim": 7 }), "'qk_rope_head_dim': 7 is odd"),
+            (serde_json::json!({ "v_head_dim": 4_000_000_000u32 }), "'v_head_dim': 4000000000 is out of range"),
+            (serde_json::json!({ "num_key_value_heads": 2 }), "'num_key_value_heads': 2 differs from the 4"),
+            (serde_json::json!({ "num_experts_per_tok": 9 }), "'num_experts_per_tok': 9 of 8 experts"),
+            (serde_json::json!({ "moe_intermediate_size": null }), "'moe_intermediate_size': this field is missing"),
+            (serde_json::json!({ "scoring_func": "sigmoid" }), "'scoring_func': 'sigmoid' is not supported"),
+            (serde_json::json!({ "topk_method": "noaux_tc" }), "'topk_method': 'noaux_tc' is not supported"),
+            (serde_json::json!({ "moe_layer_freq": 2 }), "'moe_layer_freq': 2 is not supported"),
+            (
+                serde_json::json!({ "topk_method": "group_limited_greedy", "n_group": 3, "topk_group": 1 }),
+                "'n_group': 3 groups do not divide 8",
+            ),
+            (
+                serde_json::json!({ "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 1 }),
+                "'topk_group': 1 of 4 groups do not hold 3",
+            ),
+            (serde_json::json!({ "routed_scaling_factor": -1 }), "'routed_scaling_factor': -1 is not a positive"),
+            (
+                serde_json::json!({ "rope_scaling": { "type": "llama3" } }),
+                "'llama3' is not supported (supported: default, yarn)",
+            ),
+            (yarn("mscale", 0.7), "'rope_scaling.mscale': 0.7 differs from mscale_all_dim 1"),
+            (yarn("factor", 0.0), "'rope_scaling.factor': 0 is not a positive"),
+            (yarn("beta_fast", 0.5), "'rope_scaling.beta_fast': 0.5 is not greater than beta_slow 1"),
+        ] {
+            let message = with(changes.clone()).unwrap_err().to_string();
+            assert!(message.contains(says) && message.contains("config.json"), "{changes}: {message}");
+        }
+    }
+
+    #[test]
+    fn a_missing_expert_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let tiny = TinyModel::deepseek(true);
+        let mut weights = tiny.weights();
+        let gone = WeightName::Expert { layer: 2, expert: 5, weight: LayerWeight::Up };
+        weights.retain(|(name, _, _)| *name != gone);
+        tiny.write_hf_folder_of(weights, folder.path()).unwrap();
+        let error = tiny.config().check_weights(&Checkpoint::open(folder.path()).unwrap()).unwrap_err().to_string();
+        assert!(error.contains("model.layers.2.mlp.experts.5.up_proj.weight"), "{error}");
+    }
+}
