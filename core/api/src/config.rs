@@ -6,7 +6,7 @@ use serde::{
     de::{self, MapAccess, Unexpected, Visitor, value::MapAccessDeserializer},
 };
 
-use crate::{AttentionKind, KvDType, Phase, Policy, Window};
+use crate::{AttentionKind, KvDType, Phase, Policy, StrategyConfig, Window};
 
 /// The name of an attention backend: any case, kept in lower case. `auto` is no name.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -375,6 +375,18 @@ pub struct SpeculativeConfig {
     /// The draft's mixture-of-experts backend; the target's when unset.
     #[serde(deserialize_with = "optional_moe_name")]
     pub moe_backend: Option<String>,
+    /// Who makes trees of what is drafted; chains when unset.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tree: Option<StrategyConfig>,
+    /// Nodes of a sequence's tree at the most.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tree_nodes: Option<u32>,
+    /// What of a draft stands; `match` when unset.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub acceptance: Option<StrategyConfig>,
+    /// How many tokens are drafted a step; `fixed` when unset.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub length: Option<StrategyConfig>,
     /// The draft model; required by proposers that run attention of their own. Its dtype is f16 when unset.
     #[serde(deserialize_with = "optional_draft")]
     pub draft: Option<ModelConfig>,

@@ -9,9 +9,9 @@ use std::{
 use polyattn_device::{Commands, Device, DeviceFacts};
 
 use crate::{
-    AttentionIo, AttentionKernel, AttentionProblem, BackendError, BatchLayout, Decline, DraftSequence, Drafter,
-    LoadContext, Outcome, Plan, Proposal, ProposeContext, ProposerError, RegisteredBackend, RegisteredProposer,
-    StoreKv, TapSpec,
+    AttentionIo, AttentionKernel, AttentionProblem, BackendError, BatchLayout, Decline, Draft, DraftSequence, Drafter,
+    LoadContext, Outcome, Plan, PrefixReuse, Proposal, ProposeContext, ProposerError, RegisteredBackend,
+    RegisteredProposer, StoreKv, TapSpec,
 };
 
 /// Calls what may panic; its message if it did. A plugin's state is not looked at again after a fault, so nothing is
@@ -108,9 +108,13 @@ impl Drafter for GuardedDrafter {
         self.drafter.default_tokens()
     }
 
+    fn reuse(&self) -> PrefixReuse {
+        self.drafter.reuse()
+    }
+
     fn propose(&mut self, context: &mut ProposeContext<'_>) -> Result<Proposal, ProposerError> {
         let proposal = self.call("propose", |drafter| drafter.propose(context))?;
-        match misshapen(&proposal, context.sequences) {
+        match misshapen(&proposal, context.sequences, context.tree.map(|tree| tree.nodes)) {
             Some(what) => Err(ProposerError::Plugin { proposer: self.proposer, what }),
             None => Ok(proposal),
         }
@@ -131,11 +135,18 @@ impl Drafter for GuardedDrafter {
 }
 
 /// What is wrong with the shape of a proposal: another number of drafts than of sequences, more tokens than were wanted,
-/// or a buffer that does not hold them.
-fn misshapen(proposal: &Proposal, sequences: &[DraftSequence<'_>]) -> Option<String> {
+/// a tree that is none or was not asked for, or a buffer that does not hold the tokens.
+fn misshapen(proposal: &Proposal, sequences: &[DraftSequence<'_>], nodes: Option<u32>) -> Option<String> {
+    // Levels of each draft.
     let counts: Vec<usize> = match proposal {
-        Proposal::Host(drafts) => drafts.iter().map(Vec::len).collect(),
+        Proposal::Host(drafts) => {
+            if let Some(fault) = drafts.iter().find_map(Draft::fault) {
+                return Some(format!("it drafted {fault}"));
+            }
+            drafts.iter().map(|draft| draft.depths().into_iter().max().unwrap_or(0) as usize).collect()
+        }
         Proposal::Device { counts, .. } => counts.iter().map(|count| *count as usize).collect(),
+        Proposal::Marginals(all) => all.iter().map(|marginals| marginals.slots.len()).collect(),
     };
     if counts.len() != sequences.len() {
         return Some(format!("it gave {} drafts for {} sequences", counts.len(), sequences.len()));
@@ -146,16 +157,22 @@ fn misshapen(proposal: &Proposal, sequences: &[DraftSequence<'_>]) -> Option<Str
             return Some(format!("it drafted {count} tokens for sequence {id}, where {width} were wanted"));
         }
     }
-    if let Proposal::Device { ids, stride, .. } = proposal {
-        for (place, count) in counts.iter().enumerate() {
-            let end = place as u64 * u64::from(*stride) + 1 + *count as u64;
-            if end * 4 > ids.bytes() {
-                let held = ids.bytes() / 4;
-                return Some(format!("its draft {place} ends at element {end} of a buffer of {held}"));
-            }
+    match (proposal, nodes) {
+        (Proposal::Host(drafts), None) if drafts.iter().any(|draft| !draft.is_chain()) => {
+            Some("it drafted a tree where a chain was wanted".into())
         }
+        (Proposal::Host(drafts), Some(nodes)) => {
+            // A chain may be as long as was wanted.
+            let large = drafts.iter().find(|draft| !draft.is_chain() && draft.len() > nodes as usize);
+            large.map(|tree| format!("it drafted a tree of {} nodes, where {nodes} were wanted", tree.len()))
+        }
+        (Proposal::Marginals(_), None) => Some("it gave marginals where a chain was wanted".into()),
+        (Proposal::Device { ids, stride, .. }, _) => (0u64..).zip(&counts).find_map(|(place, count)| {
+            let (end, held) = (place * u64::from(*stride) + 1 + *count as u64, ids.bytes() / 4);
+            (end > held).then(|| format!("its draft {place} ends at element {end} of a buffer of {held}"))
+        }),
+        _ => None,
     }
-    None
 }
 
 /// A kernel whose faults carry its backend's name.

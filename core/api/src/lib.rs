@@ -12,13 +12,16 @@
 
 #![forbid(unsafe_code)]
 
+mod acceptance;
 mod backend;
 mod batch;
 mod capabilities;
 mod config;
 mod decline;
+mod draft;
 mod guard;
 mod layout;
+mod length;
 mod narrow;
 mod plan;
 mod problem;
@@ -27,9 +30,15 @@ mod registry;
 mod remedy;
 mod resolve;
 mod resolver;
+mod sampling;
 mod select;
 mod store;
+pub mod strategy;
+mod tree;
 
+pub use acceptance::{
+    AcceptanceRule, Accepted, Block, Greedy, Match, Rejection, Synthetic, TargetRows, Typical, Verification,
+};
 pub use backend::{AttentionBackend, AttentionIo, AttentionKernel, BackendError, StoreKv};
 pub use batch::{BatchLayout, TreeMask};
 pub use capabilities::{Capabilities, DeviceNeed, Dims, DtypeSet, KvDtypeSet, PhaseSet};
@@ -38,15 +47,17 @@ pub use config::{
     LayerKind, ModelConfig, SpeculativeConfig, WindowConfig, default_draft_config,
 };
 pub use decline::Decline;
+pub use draft::{Candidate, Distribution, Draft, Marginals};
 pub use layout::{LayoutError, Reader};
+pub use length::{Adaptive, Fixed, LengthPolicy, LengthWish, PerBatchSize, SequenceObserved, StepObserved};
 pub use plan::{BATCH_WGSL, Plan, PlanPool};
 pub use polyattn_device::{
     self as device, Buffer, BufferSlice, Commands, DType, Device, DeviceError, DeviceFacts, DeviceKind,
 };
 pub use problem::{AttentionKind, AttentionProblem, KvDType, KvLayout, Mask, Phase, Role, Window};
 pub use proposer::{
-    CommittedRows, DraftAttention, DraftSequence, Drafter, LoadContext, Outcome, Proposal, ProposeContext, Proposer,
-    ProposerError, ProposerRequirements, TapSpec, TargetFacts, TargetServices,
+    CommittedRows, DraftAttention, DraftSequence, Drafter, LoadContext, Outcome, PrefixReuse, Proposal, ProposeContext,
+    Proposer, ProposerError, ProposerRequirements, TapSpec, TargetFacts, TargetServices,
 };
 pub use registry::{
     BackendEntry, INTERFACE_VERSION, Origin, ProposerEntry, RegisteredBackend, RegisteredProposer, Registry,
@@ -54,7 +65,10 @@ pub use registry::{
 };
 pub use resolve::{Resolution, ResolveError, ResolvedLayer, resolve};
 pub use resolver::Resolver;
+pub use sampling::{Purpose, Sampling};
 pub use select::{Declined, Policy, Selection, SelectionError, select};
+pub use strategy::{StrategyConfig, StrategyEntry};
+pub use tree::{BestFirst, Chain, Static, TopK, TreeBuilder, TreeGrowth, TreeWish};
 
 /// What the registration macros expand to; not for use by hand.
 #[doc(hidden)]

@@ -363,7 +363,8 @@ impl AttentionProblem {
 
     /// Role, phase and layer, in words.
     pub(crate) fn described(&self) -> String {
-        format!("{} {} layer '{}'", self.role, self.phase, self.layer)
+        let tree = if self.mask == Mask::Tree { " over trees" } else { "" };
+        format!("{} {} layer '{}'{tree}", self.role, self.phase, self.layer)
     }
 }
 

@@ -1,9 +1,16 @@
-use std::{fmt::Debug, path::Path, sync::Arc};
+use std::{
+    fmt::Debug,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use polyattn_device::{Buffer, BufferSlice, Commands, Device, DeviceError};
 use serde::Serialize;
 
-use crate::{AttentionKernel, BackendError, EngineConfig, KvDType, ModelConfig, default_draft_config};
+use crate::{
+    AttentionKernel, BackendError, Draft, EngineConfig, KvDType, Marginals, ModelConfig, Sampling, TreeWish,
+    default_draft_config,
+};
 
 /// What a drafting method needs, known before any model is loaded.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -21,6 +28,14 @@ pub struct ProposerRequirements {
     pub shared_kv: bool,
     /// That its vocabulary be the target's.
     pub target_vocabulary: bool,
+    /// The target's last hidden state, behind its final norm.
+    pub last_hidden: bool,
+    /// A checkpoint that is the target's own where the user names none.
+    pub in_target_checkpoint: bool,
+    /// A kernel with a tree mask beside that of each of its causal layer kinds, where a tree is asked for.
+    pub tree_attention: bool,
+    /// Nothing: it says that it drafts trees where they are asked for. Others answer with chains.
+    pub drafts_trees: bool,
 }
 
 impl ProposerRequirements {
@@ -34,6 +49,10 @@ impl ProposerRequirements {
             non_causal: false,
             shared_kv: false,
             target_vocabulary: true,
+            last_hidden: false,
+            in_target_checkpoint: false,
+            tree_attention: false,
+            drafts_trees: false,
         }
     }
 
@@ -69,6 +88,34 @@ impl ProposerRequirements {
     #[must_use]
     pub const fn shared_kv(mut self) -> Self {
         self.shared_kv = true;
+        self
+    }
+
+    /// Needs the target's last hidden state.
+    #[must_use]
+    pub const fn last_hidden(mut self) -> Self {
+        self.last_hidden = true;
+        self
+    }
+
+    /// Finds its weights in the target's checkpoint: given none of its own, it is told that one.
+    #[must_use]
+    pub const fn in_target_checkpoint(mut self) -> Self {
+        self.in_target_checkpoint = true;
+        self
+    }
+
+    /// Runs its attention with a tree mask, where a tree is asked for.
+    #[must_use]
+    pub const fn tree_attention(mut self) -> Self {
+        self.tree_attention = true;
+        self
+    }
+
+    /// Drafts trees where they are asked for.
+    #[must_use]
+    pub const fn drafts_trees(mut self) -> Self {
+        self.drafts_trees = true;
         self
     }
 }
@@ -110,13 +157,20 @@ pub trait Proposer: Debug + Send + Sync {
 /// A loaded drafter at work.
 ///
 /// One step: [`propose`](Self::propose), the target verifies, [`commit`](Self::commit). A prompt is committed in chunks
-/// before the first proposal.
+/// before the first proposal. Sequences come and go: a step may leave some out, and a sequence may be committed for
+/// many steps before it is drafted for, or never be.
 pub trait Drafter: Debug + Send {
-    /// The target's layers whose output it must see; none by default.
+    /// The hidden states of the target that it must see; none by default.
     fn taps(&self) -> &TapSpec;
 
-    /// The most tokens it proposes for a sequence in one step.
+    /// The most tokens it proposes for a sequence in one step; with a tree, its levels.
     fn max_tokens(&self) -> u32;
+
+    /// What of it stays good for another sequence that begins with the same tokens on the same pages, of which only
+    /// what follows is committed. Provided: nothing, and the engine runs such a beginning again.
+    fn reuse(&self) -> PrefixReuse {
+        PrefixReuse::None
+    }
 
     /// The tokens that are verified a step where the user asked for no number; by default as many as it proposes.
     fn default_tokens(&self) -> u32 {
@@ -129,7 +183,7 @@ pub trait Drafter: Debug + Send {
     /// Any; the engine then decodes this step without a draft.
     fn propose(&mut self, context: &mut ProposeContext<'_>) -> Result<Proposal, ProposerError>;
 
-    /// Learns what was accepted: the taps of exactly those rows.
+    /// Learns what was accepted: the taps of exactly those rows. GPU work goes into `outcome.commands`.
     ///
     /// # Errors
     /// Any; the engine then decodes on without this drafter.
@@ -153,31 +207,95 @@ pub struct TargetFacts {
     pub vocab_size: u32,
     /// Tokens of the longest sequence.
     pub context_length: u32,
+    /// Where it was loaded from, a file or a folder.
+    pub checkpoint: Option<PathBuf>,
 }
 
 impl TargetFacts {
     /// The facts of a target.
     #[must_use]
     pub const fn new(layers: u32, hidden_size: u32, vocab_size: u32, context_length: u32) -> Self {
-        Self { layers, hidden_size, vocab_size, context_length }
+        Self { layers, hidden_size, vocab_size, context_length, checkpoint: None }
+    }
+
+    /// Loaded from there.
+    #[must_use]
+    pub fn loaded_from(mut self, checkpoint: impl Into<PathBuf>) -> Self {
+        self.checkpoint = Some(checkpoint.into());
+        self
     }
 }
 
-/// Layers of the target whose output a drafter sees: 0-based, output of the layer, before any final norm. Their f32
-/// rows are concatenated in this order.
+/// Hidden states of the target that a drafter sees. Their f32 rows stand side by side: those of the layers in this
+/// order, then the last one.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct TapSpec {
-    /// Layer ids.
+    /// Layer ids, 0-based: the output of the layer, before any final norm.
     pub layers: Vec<u32>,
+    /// The last hidden state behind the final norm: the input of the output head.
+    pub last_hidden: bool,
+}
+
+impl TapSpec {
+    /// Outputs of these layers.
+    #[must_use]
+    pub const fn of_layers(layers: Vec<u32>) -> Self {
+        Self { layers, last_hidden: false }
+    }
+
+    /// The last hidden state.
+    #[must_use]
+    pub const fn of_last_hidden() -> Self {
+        Self { layers: Vec::new(), last_hidden: true }
+    }
+
+    /// Hidden states of a row.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.layers.len() + usize::from(self.last_hidden)
+    }
+
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.count() == 0
+    }
+}
+
+/// What a drafter's state at a position depends on, and where it lies: whether a sequence can begin with pages that
+/// another one filled.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum PrefixReuse {
+    /// On what pages do not hold.
+    #[default]
+    None,
+    /// On the tokens up to the position, and it lies in the sequence's pages; or there is no state at all.
+    Pages,
+    /// On the token behind the position too, as EAGLE's: the last page in common is not used again, but filled anew.
+    AllButTheLastPage,
 }
 
 /// A kernel for one layer kind of a draft, on the backend that was selected for it.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct DraftAttention {
     /// The layer kind's name, as [`Proposer::describe`] gave it.
     pub layer: Arc<str>,
     /// The kernel.
     pub kernel: Arc<dyn AttentionKernel>,
+    /// The same over a tree mask, for those that [ask](ProposerRequirements::tree_attention) for it, where the user
+    /// wants trees.
+    pub tree: Option<Arc<dyn AttentionKernel>>,
+}
+
+impl DraftAttention {
+    /// A kernel of this layer kind.
+    #[must_use]
+    pub fn new(layer: Arc<str>, kernel: Arc<dyn AttentionKernel>) -> Self {
+        Self { layer, kernel, tree: None }
+    }
 }
 
 /// What a proposer loads with.
@@ -204,8 +322,10 @@ pub struct LoadContext<'a> {
     pub kv_dtype: KvDType,
     /// Sequences of a step at the most.
     pub max_sequences: u32,
-    /// Rows committed at once at the most (the size of a prefill chunk).
+    /// Rows committed at once at the most, of all sequences together.
     pub max_rows: u32,
+    /// Nodes of a sequence's tree at the most; 0 where no trees are asked for.
+    pub tree_nodes: u32,
 }
 
 impl<'a> LoadContext<'a> {
@@ -224,22 +344,45 @@ impl<'a> LoadContext<'a> {
             kv_dtype: KvDType::F16,
             max_sequences: 1,
             max_rows: 512,
+            tree_nodes: 0,
         }
     }
 }
 
 /// A sequence that wants a draft.
 #[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
 pub struct DraftSequence<'a> {
     /// Its identifier, the same in every step.
     pub id: u64,
     /// All committed tokens, prompt included. The last is the anchor: it has no K and V yet, and its position is
     /// `tokens.len() - 1`.
     pub tokens: &'a [u32],
-    /// Tokens wanted, at most [`Drafter::max_tokens`].
+    /// Tokens wanted, at most [`Drafter::max_tokens`]; with a tree, its levels.
     pub width: u32,
-    /// Its pages; they cover the anchor and `max_tokens` positions behind it.
+    /// Its pages; they cover the anchor and `max_tokens` positions behind it, or as many as a tree has nodes where
+    /// these are more.
     pub pages: &'a [i32],
+    /// How its tokens are chosen, where drafts that were drawn like this are worth more than the most likely ones. A
+    /// drafter that draws does so with the noise of [`Purpose::Draft`](crate::Purpose) at the token's position, and
+    /// gives [`Draft::drawn_from`]; temperature and cuts of its own change acceptance alone. One that cannot draw
+    /// drafts the most likely.
+    pub sampling: Option<&'a Sampling>,
+}
+
+impl<'a> DraftSequence<'a> {
+    /// A sequence that wants the most likely tokens.
+    #[must_use]
+    pub const fn new(id: u64, tokens: &'a [u32], width: u32, pages: &'a [i32]) -> Self {
+        Self { id, tokens, width, pages, sampling: None }
+    }
+
+    /// With tokens drawn like this.
+    #[must_use]
+    pub const fn drawn(mut self, sampling: Option<&'a Sampling>) -> Self {
+        self.sampling = sampling;
+        self
+    }
 }
 
 /// What a drafter borrows from the target. Rows are f32.
@@ -269,36 +412,81 @@ pub trait TargetServices: Debug {
         first: u32,
         ids: BufferSlice<'_>,
     ) -> Result<(), ProposerError>;
+
+    /// Records the output head on `rows` hidden states that carry their final norm, all logits into `logits`
+    /// `[rows, vocab_size]`.
+    ///
+    /// # Errors
+    /// Buffers that do not fit; a target that does not lend this.
+    fn head_logits(
+        &self,
+        commands: &mut Commands,
+        hidden: BufferSlice<'_>,
+        rows: u32,
+        logits: BufferSlice<'_>,
+    ) -> Result<(), ProposerError> {
+        let _ = (commands, hidden, rows, logits);
+        Err(ProposerError::Unsupported("this target lends no logits".into()))
+    }
+
+    /// Records the output head on `rows` hidden states that carry their final norm, and of each row the `k` likeliest
+    /// ids, the most likely first, into `ids` (`[rows, k]`, u32), with the natural logarithms of their probabilities in
+    /// `log_probabilities` (`[rows, k]`, f32). Where a row has fewer numbers than k, the id is `u32::MAX` and the
+    /// logarithm −∞.
+    ///
+    /// # Errors
+    /// Buffers that do not fit; a target that does not lend this.
+    fn head_top_k(
+        &self,
+        commands: &mut Commands,
+        hidden: BufferSlice<'_>,
+        rows: u32,
+        k: u32,
+        ids: BufferSlice<'_>,
+        log_probabilities: BufferSlice<'_>,
+    ) -> Result<(), ProposerError> {
+        let _ = (commands, hidden, rows, k, ids, log_probabilities);
+        Err(ProposerError::Unsupported("this target lends no candidates".into()))
+    }
 }
 
 /// One call of [`Drafter::propose`].
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct ProposeContext<'a> {
-    /// Where device work is recorded; the target's pass follows in the same stream.
+    /// Where device work is recorded; the target's pass follows in the same stream. A drafter that must see a result on
+    /// the host asks for it by [`Commands::read_back`] and submits by [`Commands::flush`].
     pub commands: &'a mut Commands,
     /// The sequences.
     pub sequences: &'a [DraftSequence<'a>],
     /// What the target lends.
     pub target: &'a dyn TargetServices,
+    /// The tree that is wanted; `None` for chains. A drafter that makes none answers with chains.
+    pub tree: Option<TreeWish<'a>>,
 }
 
 impl<'a> ProposeContext<'a> {
-    /// A context of these parts.
+    /// A context of these parts, for chains.
     pub fn new(commands: &'a mut Commands, sequences: &'a [DraftSequence<'a>], target: &'a dyn TargetServices) -> Self {
-        Self { commands, sequences, target }
+        Self { commands, sequences, target, tree: None }
+    }
+
+    /// For trees.
+    #[must_use]
+    pub fn with_tree(mut self, tree: Option<TreeWish<'a>>) -> Self {
+        self.tree = tree;
+        self
     }
 }
 
-/// Drafted tokens, each sequence a chain. They were chosen as the most likely, not sampled: the draft's distribution is
-/// one-hot.
+/// Drafted tokens, one draft for each sequence that was asked for, in that order.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub enum Proposal {
-    /// Known to the host: for each sequence up to `width` tokens; none is legal.
-    Host(Vec<Vec<u32>>),
-    /// On the device, not read back yet: element `s · stride` of `ids` (u32) is the anchor of sequence s, and its
-    /// `counts[s]` drafted ids follow. So the target can take them as they lie.
+    /// Known to the host. Up to `width` levels, of a tree up to as many nodes as were wanted; none is legal.
+    Host(Vec<Draft>),
+    /// Chains on the device, not read back yet, chosen without chance: element `s · stride` of `ids` (u32) is the anchor
+    /// of sequence s, and its `counts[s]` drafted ids follow. So the target can take them as they lie.
     Device {
         /// The buffer.
         ids: Buffer,
@@ -307,24 +495,52 @@ pub enum Proposal {
         /// Drafted tokens of each sequence.
         counts: Vec<u32>,
     },
+    /// What may stand in each slot, up to `width` of them, whatever stands before: the engine builds the trees. Only
+    /// where a tree was wanted.
+    Marginals(Vec<Marginals>),
 }
 
 /// Rows of one sequence that were committed.
 #[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
 pub struct CommittedRows<'a> {
     /// The sequence.
     pub id: u64,
-    /// First row in the taps.
-    pub first_row: u32,
-    /// Number of rows.
-    pub rows: u32,
-    /// Position of the first row in the sequence.
+    /// The row of the taps for each committed position, in the order of positions. After a chain or a chunk of a prompt
+    /// they follow each other; after a tree they are the rows of the accepted path. The last row's logits chose the
+    /// token behind it: after a verification and at the end of a prompt, the new anchor.
+    pub rows: &'a [u32],
+    /// Position of the first row in the sequence. Where it is not 0 and nothing was committed of this sequence before,
+    /// the positions below are a prefix [used again](Drafter::reuse).
     pub position: u32,
+    /// The sequence's tokens as far as they are known, beyond the committed rows: at least the one behind the last row,
+    /// `tokens[position + rows.len()]`.
+    pub tokens: &'a [u32],
     /// The sequence's pages, covering these positions.
     pub pages: &'a [i32],
 }
 
-/// What was committed: a chunk of a prompt, or the accepted rows of a verification.
+impl<'a> CommittedRows<'a> {
+    /// Rows of a sequence.
+    #[must_use]
+    pub const fn new(id: u64, rows: &'a [u32], position: u32, tokens: &'a [u32], pages: &'a [i32]) -> Self {
+        Self { id, rows, position, tokens, pages }
+    }
+
+    /// Committed positions.
+    #[must_use]
+    pub fn count(&self) -> u32 {
+        self.rows.len() as u32
+    }
+
+    /// Whether the rows follow each other.
+    #[must_use]
+    pub fn is_contiguous(&self) -> bool {
+        self.rows.windows(2).all(|pair| pair[1] == pair[0] + 1)
+    }
+}
+
+/// What was committed: chunks of prompts, the accepted rows of a verification, or both.
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct Outcome<'a> {
@@ -334,12 +550,19 @@ pub struct Outcome<'a> {
     pub sequences: &'a [CommittedRows<'a>],
     /// `[rows, taps · hidden_size]` f32 of the pass, rejected rows included; `None` for a drafter without taps.
     pub taps: Option<&'a Buffer>,
+    /// What the target lends.
+    pub target: &'a dyn TargetServices,
 }
 
 impl<'a> Outcome<'a> {
     /// An outcome of these parts.
-    pub fn new(commands: &'a mut Commands, sequences: &'a [CommittedRows<'a>], taps: Option<&'a Buffer>) -> Self {
-        Self { commands, sequences, taps }
+    pub fn new(
+        commands: &'a mut Commands,
+        sequences: &'a [CommittedRows<'a>],
+        taps: Option<&'a Buffer>,
+        target: &'a dyn TargetServices,
+    ) -> Self {
+        Self { commands, sequences, taps, target }
     }
 }
 

@@ -7,7 +7,11 @@ use std::{
 use parking_lot::RwLock;
 use serde::Serialize;
 
-use crate::{AttentionBackend, ConfigError, Proposer, SelectionError, guard::contained};
+use crate::{
+    AcceptanceRule, AttentionBackend, ConfigError, LengthPolicy, Proposer, SelectionError, StrategyConfig,
+    StrategyEntry, TreeBuilder, acceptance::ACCEPTANCE_RULES, guard::contained, length::LENGTH_POLICIES,
+    tree::TREE_BUILDERS,
+};
 
 /// Where a plugin comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -28,7 +32,7 @@ impl fmt::Display for Origin {
 /// The version of the interface between plugins and this crate. Within one major version of the crate it rises when a
 /// plugin that was built for an older one could misbehave; two major versions in one program are refused by Cargo, since
 /// this crate declares `links`.
-pub const INTERFACE_VERSION: u32 = 1;
+pub const INTERFACE_VERSION: u32 = 2;
 
 /// What [`register_backend!`](crate::register_backend) submits: const data and a constructor. Made by
 /// [`backend_entry!`](crate::backend_entry).
@@ -57,6 +61,9 @@ pub struct ProposerEntry {
 
 inventory::collect!(BackendEntry);
 inventory::collect!(ProposerEntry);
+inventory::collect!(StrategyEntry<dyn TreeBuilder>);
+inventory::collect!(StrategyEntry<dyn AcceptanceRule>);
+inventory::collect!(StrategyEntry<dyn LengthPolicy>);
 
 /// Makes the [`BackendEntry`] of a type with `Default`, without registering it: for [`RegistryBuilder::backend`].
 #[macro_export]
@@ -100,6 +107,43 @@ macro_rules! proposer_entry {
 macro_rules! register_proposer {
     ($proposer:ty) => {
         $crate::macros::inventory::submit! { $crate::proposer_entry!($proposer) }
+    };
+}
+
+/// Makes the [`StrategyEntry`] of a strategy, without registering it.
+#[macro_export]
+macro_rules! strategy_entry {
+    ($name:expr, $make:expr) => {
+        $crate::StrategyEntry {
+            origin: $crate::Origin { crate_name: env!("CARGO_PKG_NAME"), version: env!("CARGO_PKG_VERSION") },
+            interface: $crate::INTERFACE_VERSION,
+            name: $name,
+            make: $make,
+        }
+    };
+}
+
+/// Registers a tree builder by name, with a function that makes it from its parameters (a JSON object, or null).
+#[macro_export]
+macro_rules! register_tree_builder {
+    ($name:expr, $make:expr) => {
+        $crate::macros::inventory::submit! { $crate::strategy_entry!($name, $make) as $crate::StrategyEntry<dyn $crate::TreeBuilder> }
+    };
+}
+
+/// Registers an acceptance rule by name, with a function that makes it from its parameters (a JSON object, or null).
+#[macro_export]
+macro_rules! register_acceptance_rule {
+    ($name:expr, $make:expr) => {
+        $crate::macros::inventory::submit! { $crate::strategy_entry!($name, $make) as $crate::StrategyEntry<dyn $crate::AcceptanceRule> }
+    };
+}
+
+/// Registers a length policy by name, with a function that makes it from its parameters (a JSON object, or null).
+#[macro_export]
+macro_rules! register_length_policy {
+    ($name:expr, $make:expr) => {
+        $crate::macros::inventory::submit! { $crate::strategy_entry!($name, $make) as $crate::StrategyEntry<dyn $crate::LengthPolicy> }
     };
 }
 
@@ -195,6 +239,61 @@ pub enum RegistryError {
 pub struct Registry {
     backends: RwLock<Arc<[RegisteredBackend]>>,
     proposers: RwLock<Arc<[RegisteredProposer]>>,
+    strategies: Strategies,
+}
+
+/// The strategies of each kind by name; those of this crate are always among them.
+#[derive(Clone, Debug)]
+struct Strategies {
+    trees: Vec<StrategyEntry<dyn TreeBuilder>>,
+    rules: Vec<StrategyEntry<dyn AcceptanceRule>>,
+    policies: Vec<StrategyEntry<dyn LengthPolicy>>,
+}
+
+impl Default for Strategies {
+    fn default() -> Self {
+        Self { trees: TREE_BUILDERS.to_vec(), rules: ACCEPTANCE_RULES.to_vec(), policies: LENGTH_POLICIES.to_vec() }
+    }
+}
+
+/// A kind of strategy that a registry holds: sealed, for [`Registry::strategy`].
+pub trait StrategyKind: held::Held {
+    /// What it is called in messages.
+    const KIND: &'static str;
+}
+
+mod held {
+    use super::{Registry, StrategyEntry};
+
+    #[allow(unnameable_types, reason = "a seal")]
+    pub trait Held {
+        fn held(registry: &Registry) -> &[StrategyEntry<Self>];
+        fn held_mut(registry: &mut Registry) -> &mut Vec<StrategyEntry<Self>>;
+    }
+}
+
+macro_rules! kinds {
+    ($($kind:ty, $list:ident, $name:literal;)*) => {$(
+        impl StrategyKind for $kind {
+            const KIND: &'static str = $name;
+        }
+
+        impl held::Held for $kind {
+            fn held(registry: &Registry) -> &[StrategyEntry<Self>] {
+                &registry.strategies.$list
+            }
+
+            fn held_mut(registry: &mut Registry) -> &mut Vec<StrategyEntry<Self>> {
+                &mut registry.strategies.$list
+            }
+        }
+    )*};
+}
+
+kinds! {
+    dyn TreeBuilder, trees, "tree builder";
+    dyn AcceptanceRule, rules, "acceptance rule";
+    dyn LengthPolicy, policies, "length policy";
 }
 
 impl Registry {
@@ -213,7 +312,11 @@ impl Registry {
                 for entry in inventory::iter::<ProposerEntry> {
                     builder = builder.proposer(*entry);
                 }
-                let registry = builder.build()?;
+                let registry = builder
+                    .strategies(inventory::iter::<StrategyEntry<dyn TreeBuilder>>.into_iter().copied())
+                    .strategies(inventory::iter::<StrategyEntry<dyn AcceptanceRule>>.into_iter().copied())
+                    .strategies(inventory::iter::<StrategyEntry<dyn LengthPolicy>>.into_iter().copied())
+                    .build()?;
                 if registry.backends().is_empty() { Err(RegistryError::Empty) } else { Ok(registry) }
             })
             .as_ref()
@@ -264,6 +367,28 @@ impl Registry {
         one_line(&self.proposers().iter().map(|entry| entry.proposer.name()).collect::<Vec<_>>())
     }
 
+    /// The names of all strategies of a kind.
+    #[must_use]
+    pub fn strategy_names<T: ?Sized + StrategyKind>(&self) -> Vec<&'static str> {
+        let mut names: Vec<_> = T::held(self).iter().map(|entry| entry.name).collect();
+        names.sort_unstable();
+        names
+    }
+
+    /// Makes the strategy that `config` names: `registry.strategy::<dyn TreeBuilder>(&config)`.
+    ///
+    /// # Errors
+    /// A sentence: a name that nobody registered, with the names there are, or parameters that it refuses.
+    pub fn strategy<T: ?Sized + StrategyKind>(&self, config: &StrategyConfig) -> Result<Box<T>, String> {
+        let StrategyConfig { name, parameters } = config;
+        let entry = T::held(self).iter().find(|entry| entry.name.eq_ignore_ascii_case(name)).ok_or_else(|| {
+            format!("unknown {} '{name}'; registered are: {}", T::KIND, one_line(&self.strategy_names::<T>()))
+        })?;
+        contained(|| (entry.make)(parameters))
+            .unwrap_or_else(|message| Err(format!("it panicked when it was made: {message}")))
+            .map_err(|message| format!("{} '{}': {message}", T::KIND, entry.name))
+    }
+
     /// The same plugins, those backends configured that `config` names (`backend_config` of a configuration).
     ///
     /// # Errors
@@ -285,7 +410,11 @@ impl Registry {
             }
             entry.backend = configured;
         }
-        Ok(Self { backends: RwLock::new(backends.into()), proposers: RwLock::new(self.proposers()) })
+        Ok(Self {
+            backends: RwLock::new(backends.into()),
+            proposers: RwLock::new(self.proposers()),
+            strategies: self.strategies.clone(),
+        })
     }
 
     /// The same plugins and this proposer, in the place of one of its name.
@@ -299,7 +428,11 @@ impl Registry {
         let mut all: Vec<_> = others.iter().filter(|other| other.proposer.name() != name).cloned().collect();
         all.push(proposer);
         all.sort_by(|a, b| a.proposer.name().cmp(b.proposer.name()));
-        Ok(Self { backends: RwLock::new(self.backends()), proposers: RwLock::new(all.into()) })
+        Ok(Self {
+            backends: RwLock::new(self.backends()),
+            proposers: RwLock::new(all.into()),
+            strategies: self.strategies.clone(),
+        })
     }
 
     /// Adds a backend at run time.
@@ -379,6 +512,8 @@ fn check_name(kind: &'static str, name: &str, origin: Origin) -> Result<(), Regi
 pub struct RegistryBuilder {
     backends: Vec<BackendEntry>,
     proposers: Vec<ProposerEntry>,
+    strategies: Registry,
+    fault: Option<RegistryError>,
 }
 
 impl RegistryBuilder {
@@ -396,12 +531,35 @@ impl RegistryBuilder {
         self
     }
 
+    /// With these strategies, beside those that are always there.
+    #[must_use]
+    pub fn strategies<T: ?Sized + StrategyKind>(mut self, entries: impl IntoIterator<Item = StrategyEntry<T>>) -> Self {
+        for entry in entries {
+            let held = T::held_mut(&mut self.strategies);
+            let taken = held.iter().find(|other| other.name == entry.name).map(|other| other.origin);
+            let checked = check_interface(T::KIND, entry.interface, entry.origin)
+                .and_then(|()| check_name(T::KIND, entry.name, entry.origin))
+                .and_then(|()| match taken {
+                    Some(other) => Err(duplicate(T::KIND, entry.name, other, entry.origin)),
+                    None => Ok(()),
+                });
+            match checked {
+                Ok(()) => held.push(entry),
+                Err(error) => self.fault = self.fault.or(Some(error)),
+            }
+        }
+        self
+    }
+
     /// The registry.
     ///
     /// # Errors
     /// Two plugins of one name, or a name that cannot be selected.
     pub fn build(self) -> Result<Registry, RegistryError> {
-        let registry = Registry::default();
+        if let Some(fault) = self.fault {
+            return Err(fault);
+        }
+        let registry = self.strategies;
         for entry in self.backends {
             registry.register_backend(entry)?;
         }

@@ -4,8 +4,9 @@ use polyattn_device::DeviceFacts;
 use serde::{Serialize, Serializer, ser::SerializeStruct};
 
 use crate::{
-    AttentionProblem, BackendChoice, ConfigError, Declined, EngineConfig, KvLayout, Mask, ModelConfig, Phase, Policy,
-    RegisteredBackend, RegisteredProposer, Registry, Role, SelectionError, SpeculativeConfig, Window, WindowConfig,
+    AcceptanceRule, AttentionProblem, BackendChoice, ConfigError, Declined, EngineConfig, KvLayout, LengthPolicy, Mask,
+    ModelConfig, Phase, Policy, RegisteredBackend, RegisteredProposer, Registry, Role, SelectionError,
+    SpeculativeConfig, TreeBuilder, Window, WindowConfig,
     backend::join,
     guard::contained,
     layout::{self, LayoutError, Reader, Wish},
@@ -50,9 +51,13 @@ impl ResolvedLayer {
 
 impl Serialize for ResolvedLayer {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let mut out = serializer.serialize_struct("ResolvedLayer", 6)?;
+        let tree = self.problem.mask == Mask::Tree;
+        let mut out = serializer.serialize_struct("ResolvedLayer", 6 + usize::from(tree))?;
         out.serialize_field("layer", &*self.problem.layer)?;
         out.serialize_field("phase", &self.problem.phase)?;
+        if tree {
+            out.serialize_field("mask", &Mask::Tree)?;
+        }
         out.serialize_field("backend", self.backend.name())?;
         out.serialize_field("policy", self.policy.name())?;
         out.serialize_field("use_non_causal", &self.use_non_causal())?;
@@ -75,14 +80,15 @@ pub struct Resolution {
 }
 
 impl Resolution {
-    /// The layer kind of this name in this phase.
+    /// The layer kind of this name in this phase, as chains need it.
     #[must_use]
     pub fn find(&self, role: Role, phase: Phase, layer: &str) -> Option<&ResolvedLayer> {
         let layers = match role {
             Role::Target => &self.target,
             Role::Draft => &self.draft,
         };
-        layers.iter().find(|one| one.problem.phase == phase && &*one.problem.layer == layer)
+        let wanted = |one: &&ResolvedLayer| one.problem.phase == phase && one.problem.mask != Mask::Tree;
+        layers.iter().filter(wanted).find(|one| &*one.problem.layer == layer)
     }
 }
 
@@ -172,12 +178,19 @@ pub fn resolve(config: &EngineConfig, device: &DeviceFacts, registry: &Registry)
         configured = registry.configured(&config.backend_config)?;
         &configured
     };
-    let target_phases: &[Phase] = match config.speculative {
-        Some(_) => &[Phase::Prefill, Phase::Decode, Phase::Verify],
-        None => &[Phase::Prefill, Phase::Decode],
-    };
     check_target_names(config, registry)?;
-    let target = Model { path: "target", role: Role::Target, phases: target_phases, config, device, registry };
+    let trees = match &config.speculative {
+        Some(speculative) => check_strategies(speculative, registry)?,
+        None => false,
+    };
+    let phases: &[(Phase, bool)] = match config.speculative {
+        Some(_) if trees => {
+            &[(Phase::Prefill, false), (Phase::Decode, false), (Phase::Verify, false), (Phase::Verify, true)]
+        }
+        Some(_) => &[(Phase::Prefill, false), (Phase::Decode, false), (Phase::Verify, false)],
+        None => &[(Phase::Prefill, false), (Phase::Decode, false)],
+    };
+    let target = Model { path: "target", role: Role::Target, phases, config, device, registry };
     let Some(speculative) = &config.speculative else {
         let target = target.resolve(None)?;
         return Ok(Resolution { target, draft: Vec::new(), draft_config: None, proposer: None });
@@ -209,7 +222,11 @@ pub fn resolve(config: &EngineConfig, device: &DeviceFacts, registry: &Registry)
     }
 
     let (target, draft) = if requirements.draft_attention {
-        let (path, role, phases) = ("speculative.draft", Role::Draft, &[Phase::Draft]);
+        let (path, role) = ("speculative.draft", Role::Draft);
+        let phases: &[(Phase, bool)] = match trees && requirements.tree_attention {
+            true => &[(Phase::Draft, false), (Phase::Draft, true)],
+            false => &[(Phase::Draft, false)],
+        };
         let draft = Model { path, role, phases, config: &draft_config, device, registry };
         if requirements.shared_kv { shared(&target, &draft)? } else { apart(&target, &draft)? }
     } else {
@@ -246,7 +263,8 @@ struct Model<'a> {
     /// Where the configuration has it, for messages.
     path: &'static str,
     role: Role,
-    phases: &'a [Phase],
+    /// Each phase, and whether over a tree mask.
+    phases: &'a [(Phase, bool)],
     config: &'a EngineConfig,
     device: &'a DeviceFacts,
     registry: &'a Registry,
@@ -268,12 +286,22 @@ impl Model<'_> {
         }
         let mut resolved = Vec::new();
         for base in bases {
+            // A layer that is not causal has nothing to do with trees.
+            let trees = self.phases.iter().any(|(_, tree)| *tree) && base.mask == Mask::Causal;
+            if trees && let Some(fault) = no_tree(&base) {
+                let field = "speculative.tree".to_owned();
+                return Err(
+                    ConfigError { field, message: format!("{} layer '{}' {fault}", self.role, base.layer) }.into()
+                );
+            }
             let layers: Vec<_> = self
                 .phases
                 .iter()
-                .map(|phase| {
+                .filter(|(_, tree)| trees || !tree)
+                .map(|(phase, tree)| {
                     let choice = self.config.attention.choice(&base.layer, *phase);
-                    (base.clone().serving(self.role, *phase), choice.policy())
+                    let mask = if *tree { Mask::Tree } else { base.mask };
+                    (base.clone().serving(self.role, *phase).mask(mask), choice.policy())
                 })
                 .collect();
             resolved.extend(layout::agree(&layers, wish, self.device, self.registry)?);
@@ -284,6 +312,42 @@ impl Model<'_> {
         Ok(resolved)
     }
 }
+
+/// Why a layer cannot be verified over a tree: attention takes a row's place in the cache for its position, so distances
+/// are not those of the tree.
+fn no_tree(problem: &AttentionProblem) -> Option<&'static str> {
+    match problem {
+        AttentionProblem { window: Some(_), .. } => Some("has a sliding window, which a tree's rows do not stand in"),
+        AttentionProblem { alibi: true, .. } => Some("has ALiBi, whose distances a tree's rows do not have"),
+        _ => None,
+    }
+}
+
+/// The strategies must be there and take their parameters. Answers whether trees are asked for.
+fn check_strategies(speculative: &SpeculativeConfig, registry: &Registry) -> Result<bool, ConfigError> {
+    let fail = |field: &str, message: String| ConfigError { field: format!("speculative.{field}"), message };
+    if let Some(rule) = &speculative.acceptance {
+        registry.strategy::<dyn AcceptanceRule>(rule).map_err(|message| fail("acceptance", message))?;
+    }
+    if let Some(policy) = &speculative.length {
+        registry.strategy::<dyn LengthPolicy>(policy).map_err(|message| fail("length", message))?;
+    }
+    match speculative.tree_nodes {
+        Some(nodes) if !(1..=MOST_NODES).contains(&nodes) => {
+            return Err(fail("tree_nodes", format!("{nodes} is out of range, 1 to {MOST_NODES}")));
+        }
+        Some(nodes) if speculative.tree.is_none() => {
+            return Err(fail("tree_nodes", format!("{nodes} is given, but no tree")));
+        }
+        _ => {}
+    }
+    let Some(tree) = &speculative.tree else { return Ok(false) };
+    let builder = registry.strategy::<dyn TreeBuilder>(tree).map_err(|message| fail("tree", message))?;
+    Ok(builder.branches())
+}
+
+/// Nodes of a tree at the most.
+const MOST_NODES: u32 = 1024;
 
 /// The target's choices must name backends there are, and phases it has.
 fn check_target_names(config: &EngineConfig, registry: &Registry) -> Result<(), ConfigError> {
