@@ -424,7 +424,11 @@ pub fn add_silu(
     if count == 0 {
         return Ok(());
     }
-    if commands.device().is_cpu() { cpu::add_silu(x, gate, count, out) } else { gpu::add_silu(commands, x, gate, count, out) }
+    if commands.device().is_cpu() {
+        cpu::add_silu(x, gate, count, out)
+    } else {
+        gpu::add_silu(commands, x, gate, count, out)
+    }
 }
 
 /// Copies rows into columns of wider rows: `out[r, out_offset + c] = x[r, c]`, with `x` f32 `[rows, cols]` and `out` rows
