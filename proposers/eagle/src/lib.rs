@@ -32,7 +32,8 @@ impl Proposer for Eagle {
     }
 
     fn requirements(&self) -> &ProposerRequirements {
-        const NEEDS: ProposerRequirements = ProposerRequirements::none().last_hidden().checkpoint().draft_attention();
+        const NEEDS: ProposerRequirements =
+            ProposerRequirements::none().last_hidden().checkpoint().draft_attention().tree_attention().drafts_trees();
         &NEEDS
     }
 
@@ -51,7 +52,8 @@ impl Proposer for Eagle3 {
     }
 
     fn requirements(&self) -> &ProposerRequirements {
-        const NEEDS: ProposerRequirements = ProposerRequirements::none().taps().checkpoint().draft_attention();
+        const NEEDS: ProposerRequirements =
+            ProposerRequirements::none().taps().checkpoint().draft_attention().tree_attention().drafts_trees();
         &NEEDS
     }
 

@@ -1,10 +1,10 @@
 use polyattn_api::{
-    Buffer, Commands, Device, DraftSequence, Drafter, LoadContext, Outcome, PrefixReuse, Proposal, ProposeContext,
-    ProposerError, TapSpec,
+    Buffer, Commands, Device, DraftSequence, Drafter, LoadContext, Marginals, Outcome, PrefixReuse, Proposal,
+    ProposeContext, ProposerError, TapSpec, TreeWish,
 };
 use polyattn_nn::{
     NnError, WeightLoader,
-    drafting::{ChainOrder, Chains, NewRow, RowStore},
+    drafting::{Candidates, ChainOrder, Chains, NewRow, RowStore},
     load::Checkpoint,
     ops::{self, LinearCall, Matrix, Vector},
 };
@@ -110,6 +110,33 @@ impl MedusaDrafter {
         Ok(ops::linear(commands, &LinearCall { x, rows, weight, norm: None, bias: None, out, accumulate: false })?)
     }
 
+    /// What each head takes for likely, whatever stands before.
+    fn marginals(
+        &self,
+        commands: &mut Commands,
+        order: &ChainOrder,
+        wish: TreeWish<'_>,
+        sequences: usize,
+    ) -> Result<Proposal, ProposerError> {
+        let mut found = Vec::new();
+        for (number, head) in (0..order.longest()).zip(&self.heads) {
+            let (rows, vocab) = (order.rows_beyond(number), head.output.rows);
+            self.logits(commands, head, rows)?;
+            let candidates = Candidates::new(commands.device(), rows, wish.candidates.clamp(1, vocab))?;
+            let (ids, logs) = (candidates.ids.whole(), candidates.logs.whole());
+            ops::top_k(commands, self.memory.logits.whole(), rows, vocab, candidates.k, ids, logs)?;
+            found.push((vocab, candidates));
+        }
+        let mut all = vec![Marginals::default(); sequences];
+        for (vocab, candidates) in found {
+            let slots = candidates.read(commands, |id| (id < vocab).then_some(id))?;
+            for (slot, place) in slots.into_iter().zip(order.rows()) {
+                all[*place].slots.push(slot);
+            }
+        }
+        Ok(Proposal::Marginals(all))
+    }
+
     /// Tokens to draft for a sequence: none where the hidden state before its anchor was not committed.
     fn width(&self, sequence: &DraftSequence<'_>) -> u32 {
         match self.kept.position(sequence.id) {
@@ -183,9 +210,13 @@ impl Drafter for MedusaDrafter {
             return Ok(order.nothing());
         }
         self.chains.begin(sequences, &order)?;
+        let wish = context.tree;
         let commands = &mut *context.commands;
         let drafted: Vec<u64> = order.rows().iter().map(|place| sequences[*place].id).collect();
         self.kept.gather(commands, &drafted, self.memory.hidden.whole())?;
+        if let Some(wish) = wish {
+            return self.marginals(commands, &order, wish, sequences.len());
+        }
         for (number, head) in (0..order.longest()).zip(&self.heads) {
             let rows = order.rows_beyond(number);
             self.logits(commands, head, rows)?;

@@ -27,8 +27,13 @@ impl Proposer for Mtp {
     }
 
     fn requirements(&self) -> &ProposerRequirements {
-        const NEEDS: ProposerRequirements =
-            ProposerRequirements::none().last_hidden().checkpoint().in_target_checkpoint().draft_attention();
+        const NEEDS: ProposerRequirements = ProposerRequirements::none()
+            .last_hidden()
+            .checkpoint()
+            .in_target_checkpoint()
+            .draft_attention()
+            .tree_attention()
+            .drafts_trees();
         &NEEDS
     }
 

@@ -140,7 +140,7 @@ impl Chains {
         }
         self.device.write(&self.order, 0, &places)?;
         let (columns, drafts) = (self.columns.whole(), self.drafts.whole());
-        ops::gather_rows(commands, columns, 1, self.order.whole(), places.len() as u32, drafts)?;
+        ops::gather_ids(commands, columns, self.order.whole(), places.len() as u32, drafts)?;
         Ok(Proposal::Device { ids: self.drafts.clone(), stride: width as u32, counts: order.counts })
     }
 }

@@ -8,7 +8,7 @@ use polyattn_api::{
 };
 use polyattn_device::{Buffer, BufferSlice, Commands, Device};
 
-use super::{ChainOrder, Chains, NewRow, RowStore};
+use super::{ChainOrder, Chains, NewRow, RowStore, trees::TreeMemory};
 use crate::{
     NnError,
     layer::{DecoderLayer, LayerAttention, LayerScratch, LayerShape, Rows},
@@ -87,45 +87,49 @@ pub struct FeatureNetwork {
     pub rope: RopeTable,
 }
 
-/// Drafts chains by a [`FeatureNetwork`].
+/// Drafts by a [`FeatureNetwork`].
 ///
 /// The row at position p has the target's hidden state of p and the token at p + 1, and leads to the token at p + 2; keys
 /// and values of the layer lie at p, on the target's page tables. What is committed goes through the layer's keys and
 /// values alone, made from true hidden states: it replaces what drafts left at these positions. A draft begins with the
-/// last of these rows, which it runs in full, and goes on from its own output. No pass is read back.
+/// last of these rows, which it runs in full, and goes on from its own output. Of a chain, no pass is read back.
 #[derive(Debug)]
 pub struct FeatureDrafter {
-    network: FeatureNetwork,
-    device: Device,
-    page_size: u32,
-    pool_pages: u32,
+    pub(super) network: FeatureNetwork,
+    pub(super) device: Device,
+    pub(super) page_size: u32,
+    pub(super) pool_pages: u32,
+    /// Ids of the target's head.
+    pub(super) target_vocab: u32,
     kernel: Arc<dyn AttentionKernel>,
-    kept: RowStore,
+    /// The same over a tree mask and memory for it, where trees are asked for.
+    trees: Option<(Arc<dyn AttentionKernel>, TreeMemory)>,
+    pub(super) kept: RowStore,
     chains: Chains,
-    memory: Memory,
+    pub(super) memory: Memory,
 }
 
 #[derive(Debug)]
-struct Memory {
+pub(super) struct Memory {
     rows: u32,
     k_cache: Buffer,
     v_cache: Buffer,
     tapped: Buffer,
     tapped_rows: Buffer,
-    features: Buffer,
+    pub(super) features: Buffer,
     ids: Buffer,
     positions: Buffer,
     embedded: Buffer,
     part: Buffer,
     wide: Buffer,
-    hidden: Buffer,
+    pub(super) hidden: Buffer,
     normed: Buffer,
     zeros: Buffer,
     logits: Option<Buffer>,
     target_ids: Option<Buffer>,
     draft_ids: Buffer,
     chain_positions: Buffer,
-    layer: LayerScratch,
+    pub(super) layer: LayerScratch,
 }
 
 /// What the last pass of a step left behind, for tests against an independent implementation.
@@ -158,7 +162,8 @@ impl FeatureDrafter {
         let shape = network.shape;
         let hidden = shape.hidden_size;
         let sequences = context.max_sequences.max(1);
-        let rows = context.max_rows.max(sequences);
+        let tree_rows = sequences * (context.tree_nodes + 1);
+        let rows = context.max_rows.max(tree_rows);
         let chains = Chains::new(device, sequences, tokens)?;
         let words = |rows: u32, width: u32| u64::from(rows) * u64::from(width) * 4;
         let kv_row = u64::from(shape.kv_heads) * u64::from(shape.head_dim);
@@ -184,7 +189,7 @@ impl FeatureDrafter {
             part: device.alloc(words(rows, hidden), "draft normed input")?,
             wide: device.alloc(words(rows, 2 * hidden), "draft layer input")?,
             hidden: device.alloc(words(rows, hidden), "draft hidden states")?,
-            normed: device.alloc(words(sequences, hidden), "draft normed states")?,
+            normed: device.alloc(words(tree_rows, hidden), "draft normed states")?,
             zeros: device.upload(&vec![0f32; hidden as usize], "draft zeros")?,
             logits,
             target_ids,
@@ -192,9 +197,22 @@ impl FeatureDrafter {
             chain_positions: device.alloc(words(chains.stride(), tokens), "draft positions")?,
             layer: LayerScratch::new(device, &shape, rows, context.config.model.dtype)?,
         };
+        let own_vocab = match &network.head {
+            FeatureHead::Target => None,
+            FeatureHead::Own { weight, .. } => Some(weight.rows),
+        };
+        let trees = match &attention.tree {
+            Some(kernel) if context.tree_nodes > 0 => {
+                let memory = TreeMemory::new(device, sequences, context.tree_nodes, hidden, own_vocab)?;
+                Some((Arc::clone(kernel), memory))
+            }
+            _ => None,
+        };
         Ok(Self {
             kept: RowStore::new(device, hidden, sequences)?,
             kernel: Arc::clone(&attention.kernel),
+            trees,
+            target_vocab: context.target.vocab_size,
             network,
             device: device.clone(),
             chains,
@@ -227,7 +245,7 @@ impl FeatureDrafter {
         self.kept.forget(sequence);
     }
 
-    fn pages<'a>(&self, pages: &'a [i32], tokens: u32) -> Result<&'a [i32], ProposerError> {
+    pub(super) fn pages<'a>(&self, pages: &'a [i32], tokens: u32) -> Result<&'a [i32], ProposerError> {
         let needed = tokens.div_ceil(self.page_size) as usize;
         pages.get(..needed).ok_or_else(|| {
             ProposerError::Unsupported(format!("{tokens} tokens need {needed} pages, the sequence has {}", pages.len()))
@@ -291,11 +309,11 @@ impl FeatureDrafter {
         self.embed(commands, outcome.target, memory.ids.whole(), &positions)?;
         let input = self.enter(commands, features, rows)?;
         let at = Rows { count: rows, positions: memory.positions.whole(), rope: &self.network.rope };
-        self.network.layer.store(commands, input, at, &self.attention(&plan), &memory.layer)?;
+        self.network.layer.store(commands, input, at, &self.attention(self.kernel.as_ref(), &plan), &memory.layer)?;
         Ok(self.kept.put(commands, features.whole(), &last)?)
     }
 
-    /// Drafts a chain for each sequence, all on the device.
+    /// Drafts a chain for each sequence, all on the device; or a tree, where one is wanted and there is a kernel for it.
     ///
     /// # Errors
     /// More sequences than a step has, too few pages; the device.
@@ -307,9 +325,12 @@ impl FeatureDrafter {
             _ => 0,
         };
         let counts: Vec<u32> = sequences.iter().map(width).collect();
-        let order = ChainOrder::new(counts);
+        let order = ChainOrder::new(counts.clone());
         if order.longest() == 0 {
             return Ok(order.nothing());
+        }
+        if let (Some(wish), Some((kernel, memory))) = (context.tree, &self.trees) {
+            return self.propose_trees(context, &order, &counts, wish, kernel.as_ref(), memory);
         }
         self.chains.begin(sequences, &order)?;
         let memory = &self.memory;
@@ -345,20 +366,20 @@ impl FeatureDrafter {
             let input = self.enter(commands, features, rows)?;
             let at = memory.chain_positions.slice(u64::from(first) * 4, u64::from(stride) * 4)?;
             let at = Rows { count: rows, positions: at, rope: &self.network.rope };
-            let attention = self.attention(&plan);
+            let attention = self.attention(self.kernel.as_ref(), &plan);
             self.network.layer.forward_from(commands, input, &memory.hidden, at, &attention, &memory.layer)?;
             self.choose(commands, context.target, rows, self.chains.column(pass + 1)?)?;
         }
         Ok(self.chains.finish(commands, order)?)
     }
 
-    fn attention<'a>(&'a self, plan: &'a Plan) -> LayerAttention<'a> {
+    pub(super) fn attention<'a>(&'a self, kernel: &'a dyn AttentionKernel, plan: &'a Plan) -> LayerAttention<'a> {
         let (k_cache, v_cache) = (&self.memory.k_cache, &self.memory.v_cache);
-        LayerAttention { kernel: self.kernel.as_ref(), plan, k_cache, v_cache }
+        LayerAttention { kernel, plan, k_cache, v_cache }
     }
 
     /// Records the embeddings of the tokens behind rows at these positions.
-    fn embed(
+    pub(super) fn embed(
         &self,
         commands: &mut Commands,
         target: &dyn TargetServices,
@@ -379,7 +400,12 @@ impl FeatureDrafter {
     }
 
     /// Records what the layer begins with, for `rows` embeddings and hidden states; the residual stream is in `hidden`.
-    fn enter<'a>(&'a self, commands: &mut Commands, features: &Buffer, rows: u32) -> Result<BufferSlice<'a>, NnError> {
+    pub(super) fn enter<'a>(
+        &'a self,
+        commands: &mut Commands,
+        features: &Buffer,
+        rows: u32,
+    ) -> Result<BufferSlice<'a>, NnError> {
         let memory = &self.memory;
         let width = self.network.shape.hidden_size;
         let (embedding_norm, feature_norm) = match &self.network.entry {
@@ -417,6 +443,14 @@ impl FeatureDrafter {
         }
     }
 
+    /// Records the final norm of the layer's outputs, and answers what the head takes.
+    pub(super) fn normed(&self, commands: &mut Commands, rows: u32) -> Result<&Buffer, NnError> {
+        let memory = &self.memory;
+        let Some(weight) = &self.network.norm else { return Ok(&memory.hidden) };
+        ops::rms_norm(commands, memory.hidden.whole(), self.norm(weight), rows, memory.normed.whole())?;
+        Ok(&memory.normed)
+    }
+
     /// Records the most likely id behind each of the layer's outputs.
     fn choose(
         &self,
@@ -426,13 +460,7 @@ impl FeatureDrafter {
         ids: BufferSlice<'_>,
     ) -> Result<(), ProposerError> {
         let memory = &self.memory;
-        let hidden = match &self.network.norm {
-            Some(weight) => {
-                ops::rms_norm(commands, memory.hidden.whole(), self.norm(weight), rows, memory.normed.whole())?;
-                &memory.normed
-            }
-            None => &memory.hidden,
-        };
+        let hidden = self.normed(commands, rows)?;
         let (FeatureHead::Own { weight, .. }, Some(logits)) = (&self.network.head, &memory.logits) else {
             return target.head_argmax(commands, hidden.whole(), rows, 0, ids);
         };
@@ -443,7 +471,7 @@ impl FeatureDrafter {
             Some(target_ids) => {
                 let draft_ids = memory.draft_ids.whole();
                 ops::argmax(commands, out, 0..rows, weight.rows, draft_ids)?;
-                ops::gather_rows(commands, target_ids.whole(), 1, draft_ids, rows, ids)?;
+                ops::gather_ids(commands, target_ids.whole(), draft_ids, rows, ids)?;
             }
         }
         Ok(())

@@ -14,8 +14,10 @@ pub mod golden;
 mod rows;
 #[cfg(any(test, feature = "test-support"))]
 pub mod tiny;
+mod trees;
 
 pub use chains::{ChainOrder, Chains};
 pub use config::{DraftConfigFile, fits};
 pub use features::{FeatureDrafter, FeatureEntry, FeatureHead, FeatureNetwork, FeatureStages, NextFeature};
 pub use rows::{NewRow, RowStore};
+pub use trees::Candidates;

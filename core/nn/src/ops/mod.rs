@@ -438,9 +438,8 @@ pub fn matrix_product(x: &[f32], weight: &[f32], product: &mut [f32], rows: usiz
     });
 }
 
-/// Fetches rows: `out[r] = x[indices[r]]`. `x` holds as many rows of `cols` elements as fit into its range, `indices`
-/// u32 `[rows]`, `out` `[rows, cols]`. Elements are f32, or any other 32 bits. An index beyond `x` is taken as its last
-/// row.
+/// Fetches rows: `out[r] = x[indices[r]]`. `x` holds as many rows of `cols` f32 elements as fit into its range, `indices`
+/// u32 `[rows]`, `out` f32 `[rows, cols]`. An index beyond `x` is taken as its last row.
 ///
 /// # Errors
 /// No row in `x`, buffers too small for these sizes; the device.
