@@ -28,5 +28,5 @@ mod trial;
 
 pub use backend::{backend_main, suite};
 #[cfg(feature = "proposers")]
-pub use proposer::{ProposerSubject, proposer_suite};
+pub use proposer::{ProposerSubject, proposer_suite, write_counting_target};
 pub use trial::{Failure, Trial, run};
