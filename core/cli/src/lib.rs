@@ -34,7 +34,8 @@
 //! |---|---|
 //! | `cpu`, `plain`, `flash`, `splitkv` | the attention backend of this name |
 //! | `moe-dense`, `moe-grouped` | the backend for mixtures of experts called `dense`, `grouped` |
-//! | `ngram`, `dflash` | the proposer of this name |
+//! | `ngram`, `dflash`, `medusa`, `mtp` | the proposer of this name |
+//! | `eagle` | the proposers `eagle` and `eagle3` |
 //! | `program` | the `polyattn` program, also as a function of a library ([`program`]), [`models`] and [`bench`] |
 //!
 //! All are on by default. An engine that brings plugins of its own turns the default features off, names those it
@@ -65,9 +66,15 @@ pub use polyattn_cpu as cpu;
 pub use polyattn_device as device;
 #[cfg(feature = "dflash")]
 pub use polyattn_dflash as dflash;
+#[cfg(feature = "eagle")]
+pub use polyattn_eagle as eagle;
 pub use polyattn_engine as engine;
 #[cfg(feature = "flash")]
 pub use polyattn_flash as flash;
+#[cfg(feature = "medusa")]
+pub use polyattn_medusa as medusa;
+#[cfg(feature = "mtp")]
+pub use polyattn_mtp as mtp;
 #[cfg(feature = "moe-dense")]
 pub use polyattn_moe_dense as moe_dense;
 #[cfg(feature = "moe-grouped")]

@@ -69,6 +69,19 @@ impl LayerShape {
     }
 }
 
+/// What queries, keys and values of a layer are made from. Drafters that extrapolate a target's hidden states differ
+/// from the decoder here, and nowhere else.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LayerInput {
+    /// The residual stream behind an RMS norm, as in a decoder.
+    #[default]
+    Normed,
+    /// The residual stream as it is.
+    Bare,
+    /// Rows of this width beside the residual stream, normed by whoever makes them.
+    Apart(u32),
+}
+
 /// The weights of a layer.
 #[derive(Debug)]
 pub struct DecoderLayer {
@@ -275,8 +288,21 @@ impl DecoderLayer {
         shape: LayerShape,
         name: impl Fn(LayerWeight) -> String,
     ) -> Result<Self, NnError> {
+        Self::load_for(loader, shape, LayerInput::Normed, name)
+    }
+
+    /// Loads a layer that takes this input.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
+    pub fn load_for(
+        loader: &mut WeightLoader<'_>,
+        shape: LayerShape,
+        input: LayerInput,
+        name: impl Fn(LayerWeight) -> String,
+    ) -> Result<Self, NnError> {
         let mut loader = LayerLoader { loader, name: &name, expert: &|_, weight| name(weight) };
-        let attention = Attention::Gqa(Box::new(Gqa::load(&mut loader, &shape)?));
+        let attention = Attention::Gqa(Box::new(Gqa::load(&mut loader, &shape, input)?));
         Self::of_parts(&mut loader, shape.eps, shape.hidden_size, attention, |loader| {
             Ok(FeedForward::Dense(dense(loader, shape.hidden_size, shape.intermediate_size)?))
         })
@@ -292,7 +318,7 @@ impl DecoderLayer {
         let expert = |expert, weight| WeightName::Expert { layer, expert, weight }.in_format(format);
         let mut loader = LayerLoader { loader, name: &name, expert: &expert };
         let attention = match &config.latent {
-            None => Attention::Gqa(Box::new(Gqa::load(&mut loader, &LayerShape::of(config))?)),
+            None => Attention::Gqa(Box::new(Gqa::load(&mut loader, &LayerShape::of(config), LayerInput::Normed)?)),
             Some(latent) => Attention::Mla(Box::new(Mla::load(&mut loader, config, latent)?)),
         };
         Self::of_parts(&mut loader, config.rms_norm_eps, config.hidden_size, attention, |loader| {
@@ -346,8 +372,44 @@ impl DecoderLayer {
         attention: &LayerAttention<'_>,
         scratch: &LayerScratch,
     ) -> Result<(), NnError> {
+        self.forward_from(commands, x.whole(), x, rows, attention, scratch)
+    }
+
+    /// Records the keys and values that `input` makes into the cache, and nothing else: all that later rows see of rows
+    /// whose output nobody needs. `input` is that of the layer, see [`LayerInput`].
+    ///
+    /// # Errors
+    /// Buffers that do not fit; a layer of latent attention.
+    pub fn store(
+        &self,
+        commands: &mut Commands,
+        input: BufferSlice<'_>,
+        rows: Rows<'_>,
+        attention: &LayerAttention<'_>,
+        scratch: &LayerScratch,
+    ) -> Result<(), NnError> {
+        match &self.attention {
+            Attention::Gqa(gqa) => gqa.store(commands, input, rows, attention, scratch),
+            Attention::Mla(_) => Err(NnError::Shape("latent attention stores no rows without answering them".into())),
+        }
+    }
+
+    /// [`forward`](Self::forward) of a layer whose attention takes its input from `input`, see [`LayerInput`]; `x` is the
+    /// residual stream. Latent attention takes it from `x`.
+    ///
+    /// # Errors
+    /// Buffers that do not fit, scratch of another shape.
+    pub fn forward_from(
+        &self,
+        commands: &mut Commands,
+        input: BufferSlice<'_>,
+        x: &Buffer,
+        rows: Rows<'_>,
+        attention: &LayerAttention<'_>,
+        scratch: &LayerScratch,
+    ) -> Result<(), NnError> {
         match (&self.attention, &scratch.latent) {
-            (Attention::Gqa(gqa), _) => gqa.forward(commands, x, rows, attention, scratch)?,
+            (Attention::Gqa(gqa), _) => gqa.forward(commands, input, x, rows, attention, scratch)?,
             (Attention::Mla(mla), Some(memory)) => mla.forward(commands, x, rows, attention, scratch, memory)?,
             (Attention::Mla(_), None) => {
                 return Err(NnError::Shape(

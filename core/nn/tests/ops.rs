@@ -546,6 +546,30 @@ fn moves() {
     }
 }
 
+#[test]
+fn residual_silu() {
+    for device in devices() {
+        let mut random = Random(9);
+        let (rows, cols) = (5, 77);
+        let x = random.vec(rows * cols);
+        let mut gate: Vec<f32> = random.vec(rows * cols).into_iter().map(|value| 6.0 * value).collect();
+        gate[..4].copy_from_slice(&[90.0, -90.0, 0.0, -0.0]);
+        let (x_buffer, gate_buffer, out) =
+            (floats(&device, &x), floats(&device, &gate), poison(&device, rows * cols + 3));
+        run(&device, |commands| {
+            let (x, gate) = (x_buffer.whole(), gate_buffer.whole());
+            ops::add_silu(commands, x, gate, rows as u32, cols as u32, out.whole())
+        });
+        let got = device.download::<f32>(&out).unwrap();
+        for ((got, x), gate) in got.iter().zip(&x).zip(&gate) {
+            let gate = f64::from(*gate);
+            let want = f64::from(*x) + gate / (1.0 + (-gate).exp());
+            assert!((f64::from(*got) - want).abs() <= 1e-5 * (1.0 + want.abs()), "{got}, not {want}");
+        }
+        assert!(got[rows * cols..].iter().all(|value| value.is_nan()), "{device:?}");
+    }
+}
+
 /// Outputs beyond one dimension of workgroups, and a call in the middle of buffers.
 #[test]
 fn many_outputs_and_offsets() {

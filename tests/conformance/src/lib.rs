@@ -33,5 +33,5 @@ mod trial;
 pub use backend::{backend_main, suite};
 pub use moe::{moe_main, moe_suite};
 #[cfg(feature = "proposers")]
-pub use proposer::{ProposerSubject, proposer_suite};
+pub use proposer::{ProposerSubject, proposer_suite, write_counting_target};
 pub use trial::{Failure, Trial, run};

@@ -240,7 +240,7 @@ fn more_tokens_than_the_context_holds_end_with_it() {
 fn names_that_nobody_has_are_answered_with_those_there_are() {
     let model = family("llama");
     for (args, wanted) in [
-        (["--proposer", "crystal-ball"], "unknown proposer 'crystal-ball'; registered are: dflash, ngram"),
+        (["--proposer", "crystal-ball"], "unknown proposer 'crystal-ball'; registered are: dflash, "),
         (
             ["--attention-backend", "abacus"],
             "unknown attention backend 'abacus'; registered are: cpu, flash, plain, splitkv",

@@ -1,9 +1,9 @@
 //! Grouped-query attention of a layer.
 
 use polyattn_api::{AttentionIo, StoreKv};
-use polyattn_device::{Buffer, Commands};
+use polyattn_device::{Buffer, BufferSlice, Commands};
 
-use super::{LayerAttention, LayerLoader, LayerScratch, LayerShape, Rows};
+use super::{LayerAttention, LayerInput, LayerLoader, LayerScratch, LayerShape, Rows};
 use crate::{
     NnError,
     load::{LayerWeight as W, RopePairing},
@@ -18,7 +18,8 @@ pub(super) struct Gqa {
     head_dim: u32,
     eps: f32,
     pairing: RopePairing,
-    norm: Vector,
+    /// Of the residual stream, where that is the input.
+    norm: Option<Vector>,
     qkv: Matrix,
     qkv_bias: Option<Vector>,
     query_norm: Option<Vector>,
@@ -28,16 +29,27 @@ pub(super) struct Gqa {
 }
 
 impl Gqa {
-    pub(super) fn load(loader: &mut LayerLoader<'_, '_>, shape: &LayerShape) -> Result<Self, NnError> {
+    pub(super) fn load(
+        loader: &mut LayerLoader<'_, '_>,
+        shape: &LayerShape,
+        input: LayerInput,
+    ) -> Result<Self, NnError> {
         let heads = shape.query_heads * shape.head_dim;
+        let width = match input {
+            LayerInput::Apart(width) => width,
+            LayerInput::Normed | LayerInput::Bare => shape.hidden_size,
+        };
         Ok(Self {
             query_heads: shape.query_heads,
             kv_heads: shape.kv_heads,
             head_dim: shape.head_dim,
             eps: shape.eps,
             pairing: shape.pairing,
-            norm: loader.vector(&[W::AttentionNorm], shape.hidden_size)?,
-            qkv: loader.matrix(&[W::Query, W::Key, W::Value], shape.hidden_size, shape.qkv_width())?,
+            norm: match input {
+                LayerInput::Normed => Some(loader.vector(&[W::AttentionNorm], shape.hidden_size)?),
+                LayerInput::Bare | LayerInput::Apart(_) => None,
+            },
+            qkv: loader.matrix(&[W::Query, W::Key, W::Value], width, shape.qkv_width())?,
             qkv_bias: if shape.qkv_bias {
                 Some(loader.vector(&[W::QueryBias, W::KeyBias, W::ValueBias], shape.qkv_width())?)
             } else {
@@ -66,11 +78,11 @@ impl Gqa {
         weight.map(|weight| Norm { weight, eps: self.eps })
     }
 
-    /// Adds attention to `x`.
-    pub(super) fn forward(
+    /// Records queries, and keys and values into the cache.
+    pub(super) fn store(
         &self,
         commands: &mut Commands,
-        x: &Buffer,
+        input: BufferSlice<'_>,
         rows: Rows<'_>,
         attention: &LayerAttention<'_>,
         scratch: &LayerScratch,
@@ -78,10 +90,10 @@ impl Gqa {
         ops::linear(
             commands,
             &LinearCall {
-                x: x.whole(),
+                x: input,
                 rows: rows.count,
                 weight: &self.qkv,
-                norm: self.norm(Some(&self.norm)),
+                norm: self.norm(self.norm.as_ref()),
                 bias: self.qkv_bias.as_ref(),
                 out: scratch.rows.whole(),
                 accumulate: false,
@@ -110,7 +122,20 @@ impl Gqa {
         let k_offset = self.query_heads * self.head_dim;
         let v_offset = k_offset + self.kv_heads * self.head_dim;
         let store = StoreKv::from_rows(&scratch.rows, stride, k_offset, v_offset, attention.k_cache, attention.v_cache);
-        attention.kernel.store_kv(commands, attention.plan, &store)?;
+        Ok(attention.kernel.store_kv(commands, attention.plan, &store)?)
+    }
+
+    /// Adds attention over `input` to `x`.
+    pub(super) fn forward(
+        &self,
+        commands: &mut Commands,
+        input: BufferSlice<'_>,
+        x: &Buffer,
+        rows: Rows<'_>,
+        attention: &LayerAttention<'_>,
+        scratch: &LayerScratch,
+    ) -> Result<(), NnError> {
+        self.store(commands, input, rows, attention, scratch)?;
         let io = AttentionIo::new(&scratch.q, attention.k_cache, attention.v_cache, &scratch.attention);
         attention.kernel.encode(commands, attention.plan, &io)?;
         ops::linear(

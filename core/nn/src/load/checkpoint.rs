@@ -176,6 +176,23 @@ impl Checkpoint {
         dequantize(ty, bytes, out).map_err(|e| LoadError::tensor(self.path(), name, e.to_string()))
     }
 
+    /// The elements of a tensor of whole numbers, I32 or I64: no weights, but maps between vocabularies and the like.
+    ///
+    /// # Errors
+    /// If there is no such tensor, or it is of another type.
+    pub fn integers(&self, name: &str) -> Result<Vec<i64>, LoadError> {
+        let view = self.view(name)?;
+        let ty = match view.ty {
+            Ok(ty) => ty.to_string(),
+            Err("I64") => return Ok(view.data.as_chunks().0.iter().map(|bytes| i64::from_le_bytes(*bytes)).collect()),
+            Err("I32") => {
+                return Ok(view.data.as_chunks().0.iter().map(|bytes| i32::from_le_bytes(*bytes).into()).collect());
+            }
+            Err(ty) => ty.to_owned(),
+        };
+        Err(LoadError::tensor(self.path(), name, format!("its type {ty} is not supported here (supported: I32, I64)")))
+    }
+
     /// Gives back the memory that reading a tensor's bytes took, where the system lets a program do so: the map of a
     /// file that was read would stand beside the weights that were made of it. It can be read again.
     pub fn release(&self, name: &str) {
@@ -341,6 +358,8 @@ mod tests {
         assert_eq!(out, ramp(12)[3..9]);
         all.read_rows("b", 1..2, &mut out[..4]).unwrap();
         assert_eq!(out[..4], ramp(12)[4..8]);
+        assert_eq!(all.integers("i").unwrap(), [0]);
+        assert!(all.integers("f").unwrap_err().to_string().contains("F32"));
         let int = all.dtype("i").unwrap_err().to_string();
         assert!(int.contains("tensor 'i'") && int.contains("I64"), "{int}");
 

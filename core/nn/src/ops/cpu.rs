@@ -458,6 +458,21 @@ pub(super) fn gather_rows(
     Ok(())
 }
 
+pub(super) fn add_silu(
+    x: BufferSlice<'_>,
+    gate: BufferSlice<'_>,
+    count: u32,
+    out: BufferSlice<'_>,
+) -> Result<(), OpError> {
+    read!(x, f32, x, count as usize);
+    read!(gate, f32, gate, count as usize);
+    write!(out, f32, out, count as usize);
+    for ((out, x), gate) in out.iter_mut().zip(x).zip(gate) {
+        *out = x + gate / (1.0 + (-gate).exp());
+    }
+    Ok(())
+}
+
 pub(super) fn copy_between(call: &CopyCall<'_>) -> Result<(), OpError> {
     let (rows, cols) = (call.rows as usize, call.cols as usize);
     let (x_stride, x_offset) = (call.x_stride as usize, call.x_offset as usize);

@@ -525,6 +525,18 @@ pub(super) fn gather_rows(
     Ok(commands.dispatch(&pipeline, &[x, indices, out], bytemuck::bytes_of(&params), workgroups)?)
 }
 
+pub(super) fn add_silu(
+    commands: &mut Commands,
+    x: BufferSlice<'_>,
+    gate: BufferSlice<'_>,
+    count: u32,
+    out: BufferSlice<'_>,
+) -> Result<(), OpError> {
+    let pipeline = pipeline(commands, "add silu", 0, shader::add_silu)?;
+    let workgroups = spread(commands, count.div_ceil(shader::COPIED).into())?;
+    Ok(commands.dispatch(&pipeline, &[x, gate, out], bytemuck::bytes_of(&count), workgroups)?)
+}
+
 pub(super) fn copy_between(commands: &mut Commands, call: &CopyCall<'_>) -> Result<(), OpError> {
     let pipeline = pipeline(commands, "copy columns", 0, shader::copy_columns)?;
     let count = u64::from(call.rows) * u64::from(call.cols);

@@ -509,6 +509,34 @@ pub fn gather_rows(
     }
 }
 
+/// A residual SiLU: `out = x + silu(gate)`, `silu(v) = v / (1 + exp(-v))`, over `[rows, cols]` f32 elements.
+///
+/// # Errors
+/// Buffers too small for these sizes; the device.
+pub fn add_silu(
+    commands: &mut Commands,
+    x: BufferSlice<'_>,
+    gate: BufferSlice<'_>,
+    rows: u32,
+    cols: u32,
+    out: BufferSlice<'_>,
+) -> Result<(), OpError> {
+    let length = elements("a residual SiLU", rows, cols)?;
+    for (what, slice) in [("input of SiLU", gate), ("what SiLU is added to", x), ("output of a residual SiLU", out)] {
+        check_slice(what, slice, length, 4)?;
+    }
+    // `elements` has it in 32 bits.
+    let count = length as u32;
+    if count == 0 {
+        return Ok(());
+    }
+    if commands.device().is_cpu() {
+        cpu::add_silu(x, gate, count, out)
+    } else {
+        gpu::add_silu(commands, x, gate, count, out)
+    }
+}
+
 /// Copies rows into columns of wider rows: `out[r, out_offset + c] = x[r, c]`, with `x` f32 `[rows, cols]` and `out` rows
 /// of `out_stride` f32 elements. Other columns stay as they are.
 ///

@@ -16,7 +16,7 @@ use std::{
 use polyattn_api::{Device, ProposerRequirements, RegisteredProposer};
 
 use self::subject::Bench;
-pub use self::subject::ProposerSubject;
+pub use self::subject::{ProposerSubject, write_counting_target};
 use crate::{Failure, Trial};
 
 type Check = fn(&Bench) -> Result<(), Failure>;

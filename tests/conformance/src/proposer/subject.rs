@@ -173,7 +173,7 @@ impl Bench {
         if self.subject.target.is_some() {
             return self.ground();
         }
-        self.counting.get_or_init(|| Ground::open(self, write_counting)).as_ref().map_err(Clone::clone)
+        self.counting.get_or_init(|| Ground::open(self, write_counting_target)).as_ref().map_err(Clone::clone)
     }
 }
 
@@ -181,9 +181,13 @@ fn tiny() -> TinyModel {
     TinyModel::new(Architecture::Llama)
 }
 
-/// A target whose layers add nothing and whose head holds the embedding of each id's predecessor, in circles of
-/// [`CYCLE`] ids: what it says next is known.
-fn write_counting(folder: &Path) -> io::Result<()> {
+/// Writes a target, a Hugging Face folder, whose layers add nothing and whose head holds the embedding of each id's
+/// predecessor, in circles of 27 ids: what it says next is known. [`ProposerSubject::acceptance_floor`] is measured on
+/// it.
+///
+/// # Errors
+/// If a file cannot be written.
+pub fn write_counting_target(folder: &Path) -> io::Result<()> {
     let tiny = TinyModel { tied_embedding: false, ..tiny() };
     let mut weights = tiny.weights();
     let embedding = weights.iter().find(|(name, ..)| *name == WeightName::TokenEmbedding);
@@ -246,7 +250,8 @@ impl Ground {
         };
         let source = ModelSource::open(&target).map_err(|error| Failure::new(error.to_string()))?;
         let model = &source.config;
-        let facts = TargetFacts::new(model.layers, model.hidden_size, model.vocab_size, model.context_length);
+        let facts = TargetFacts::new(model.layers, model.hidden_size, model.vocab_size, model.context_length)
+            .loaded_from(&target);
         let checkpoint = match &bench.subject.draft {
             DraftModel::None => None,
             DraftModel::At(path) => Some(path.clone()),
