@@ -1,4 +1,4 @@
-use polyattn_api::BackendError;
+use polyattn_api::{BackendError, ProposerError};
 use polyattn_device::DeviceError;
 
 use crate::{load::LoadError, ops::OpError};
@@ -22,4 +22,21 @@ pub enum NnError {
     /// A tensor does not fit the model.
     #[error("{0}")]
     Shape(String),
+}
+
+impl From<NnError> for ProposerError {
+    fn from(error: NnError) -> Self {
+        match error {
+            NnError::Backend(error) => error.into(),
+            NnError::Device(error) | NnError::Op(OpError::Device(error)) => error.into(),
+            NnError::Load(error) => Self::Checkpoint(error.to_string()),
+            NnError::Op(OpError::Shape(message)) | NnError::Shape(message) => Self::Mismatch(message),
+        }
+    }
+}
+
+impl From<OpError> for ProposerError {
+    fn from(error: OpError) -> Self {
+        NnError::from(error).into()
+    }
 }

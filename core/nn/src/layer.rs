@@ -42,11 +42,24 @@ impl LayerShape {
     }
 }
 
+/// What queries, keys and values of a layer are made from. Drafters that extrapolate a target's hidden states differ
+/// from the decoder here, and nowhere else.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LayerInput {
+    /// The residual stream behind an RMS norm, as in a decoder.
+    #[default]
+    Normed,
+    /// The residual stream as it is.
+    Bare,
+    /// Rows of this width beside the residual stream, normed by whoever makes them.
+    Apart(u32),
+}
+
 /// The weights of a layer: attention, then SwiGLU, each behind an RMS norm and added to the residual stream.
 #[derive(Debug)]
 pub struct DecoderLayer {
     shape: LayerShape,
-    attention_norm: Vector,
+    attention_norm: Option<Vector>,
     qkv: Matrix,
     qkv_bias: Option<Vector>,
     query_norm: Option<Vector>,
@@ -132,6 +145,19 @@ impl DecoderLayer {
         shape: LayerShape,
         name: impl Fn(LayerWeight) -> String,
     ) -> Result<Self, NnError> {
+        Self::load_for(loader, shape, LayerInput::Normed, name)
+    }
+
+    /// Loads a layer that takes this input.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
+    pub fn load_for(
+        loader: &mut WeightLoader<'_>,
+        shape: LayerShape,
+        input: LayerInput,
+        name: impl Fn(LayerWeight) -> String,
+    ) -> Result<Self, NnError> {
         let names = |weights: &[LayerWeight]| weights.iter().map(|weight| name(*weight)).collect::<Vec<_>>();
         let mut matrix = |weights: &[LayerWeight], cols: u32, rows: u32| -> Result<Matrix, NnError> {
             let names = names(weights);
@@ -147,7 +173,11 @@ impl DecoderLayer {
             AttentionNorm, AttentionOutput, AttentionOutputBias, Down, FeedForwardNorm, Gate, Key, KeyBias, KeyNorm,
             Query, QueryBias, QueryNorm, Up, Value, ValueBias,
         };
-        let qkv = matrix(&[Query, Key, Value], shape.hidden_size, shape.qkv_width())?;
+        let width = match input {
+            LayerInput::Apart(width) => width,
+            LayerInput::Normed | LayerInput::Bare => shape.hidden_size,
+        };
+        let qkv = matrix(&[Query, Key, Value], width, shape.qkv_width())?;
         let output = matrix(&[AttentionOutput], heads, shape.hidden_size)?;
         let gate_up = matrix(&[Gate, Up], shape.hidden_size, 2 * shape.intermediate_size)?;
         let down = matrix(&[Down], shape.intermediate_size, shape.hidden_size)?;
@@ -161,7 +191,10 @@ impl DecoderLayer {
         };
         Ok(Self {
             shape,
-            attention_norm: vector(&[AttentionNorm], shape.hidden_size)?,
+            attention_norm: match input {
+                LayerInput::Normed => Some(vector(&[AttentionNorm], shape.hidden_size)?),
+                LayerInput::Bare | LayerInput::Apart(_) => None,
+            },
             qkv_bias: if shape.qkv_bias {
                 Some(vector(&[QueryBias, KeyBias, ValueBias], shape.qkv_width())?)
             } else {
@@ -211,14 +244,30 @@ impl DecoderLayer {
         attention: &LayerAttention<'_>,
         scratch: &LayerScratch,
     ) -> Result<(), NnError> {
+        self.forward_from(commands, x.whole(), x, rows, attention, scratch)
+    }
+
+    /// Records the keys and values that `input` makes into the cache, and nothing else: all that later rows see of rows
+    /// whose output nobody needs. `input` is that of the layer, see [`LayerInput`].
+    ///
+    /// # Errors
+    /// Buffers that do not fit.
+    pub fn store(
+        &self,
+        commands: &mut Commands,
+        input: BufferSlice<'_>,
+        rows: Rows<'_>,
+        attention: &LayerAttention<'_>,
+        scratch: &LayerScratch,
+    ) -> Result<(), NnError> {
         let shape = &self.shape;
         ops::linear(
             commands,
             &LinearCall {
-                x: x.whole(),
+                x: input,
                 rows: rows.count,
                 weight: &self.qkv,
-                norm: self.norm(Some(&self.attention_norm)),
+                norm: self.norm(self.attention_norm.as_ref()),
                 bias: self.qkv_bias.as_ref(),
                 out: scratch.qkv.whole(),
                 accumulate: false,
@@ -247,7 +296,24 @@ impl DecoderLayer {
         let k_offset = shape.query_heads * shape.head_dim;
         let v_offset = k_offset + shape.kv_heads * shape.head_dim;
         let store = StoreKv::from_rows(&scratch.qkv, stride, k_offset, v_offset, attention.k_cache, attention.v_cache);
-        attention.kernel.store_kv(commands, attention.plan, &store)?;
+        Ok(attention.kernel.store_kv(commands, attention.plan, &store)?)
+    }
+
+    /// [`forward`](Self::forward) of a layer whose attention takes its input from `input`, see [`LayerInput`]; `x` is the
+    /// residual stream.
+    ///
+    /// # Errors
+    /// Buffers that do not fit.
+    pub fn forward_from(
+        &self,
+        commands: &mut Commands,
+        input: BufferSlice<'_>,
+        x: &Buffer,
+        rows: Rows<'_>,
+        attention: &LayerAttention<'_>,
+        scratch: &LayerScratch,
+    ) -> Result<(), NnError> {
+        self.store(commands, input, rows, attention, scratch)?;
         let io = AttentionIo::new(&scratch.q, attention.k_cache, attention.v_cache, &scratch.attention);
         attention.kernel.encode(commands, attention.plan, &io)?;
         ops::linear(

@@ -394,6 +394,21 @@ pub(super) fn gather_rows(
     Ok(())
 }
 
+pub(super) fn add_silu(
+    x: BufferSlice<'_>,
+    gate: BufferSlice<'_>,
+    count: u32,
+    out: BufferSlice<'_>,
+) -> Result<(), OpError> {
+    read!(x, f32, x, count as usize);
+    read!(gate, f32, gate, count as usize);
+    write!(out, f32, out, count as usize);
+    for ((out, x), gate) in out.iter_mut().zip(x).zip(gate) {
+        *out = x + gate / (1.0 + (-gate).exp());
+    }
+    Ok(())
+}
+
 pub(super) fn copy_columns(
     x: BufferSlice<'_>,
     cols: u32,

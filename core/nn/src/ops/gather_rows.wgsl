@@ -1,11 +1,11 @@
-// Rows by index.
+// Rows by index. Elements are moved as bits: ids pass too.
 
 struct Params { rows: u32, cols: u32, held: u32 }
 var<immediate> p: Params;
 
-@group(0) @binding(0) var<storage, read> x: array<f32>;
+@group(0) @binding(0) var<storage, read> x: array<u32>;
 @group(0) @binding(1) var<storage, read> indices: array<u32>;
-@group(0) @binding(2) var<storage, read_write> y: array<f32>;
+@group(0) @binding(2) var<storage, read_write> y: array<u32>;
 
 @compute @workgroup_size(128)
 fn main(

@@ -346,6 +346,18 @@ pub(super) fn gather_rows(
     Ok(commands.dispatch(&pipeline, &[x, indices, out], bytemuck::bytes_of(&params), workgroups)?)
 }
 
+pub(super) fn add_silu(
+    commands: &mut Commands,
+    x: BufferSlice<'_>,
+    gate: BufferSlice<'_>,
+    count: u32,
+    out: BufferSlice<'_>,
+) -> Result<(), OpError> {
+    let pipeline = pipeline(commands, "add silu", 0, shader::add_silu)?;
+    let workgroups = spread(commands, count.div_ceil(shader::COPIED).into())?;
+    Ok(commands.dispatch(&pipeline, &[x, gate, out], bytemuck::bytes_of(&count), workgroups)?)
+}
+
 pub(super) fn copy_columns(
     commands: &mut Commands,
     x: BufferSlice<'_>,

@@ -372,8 +372,9 @@ pub fn matrix_product(x: &[f32], weight: &[f32], product: &mut [f32], rows: usiz
     });
 }
 
-/// Fetches rows: `out[r] = x[indices[r]]`. `x` holds as many rows of `cols` f32 elements as fit into its range, `indices`
-/// u32 `[rows]`, `out` f32 `[rows, cols]`. An index beyond `x` is taken as its last row.
+/// Fetches rows: `out[r] = x[indices[r]]`. `x` holds as many rows of `cols` elements as fit into its range, `indices`
+/// u32 `[rows]`, `out` `[rows, cols]`. Elements are f32, or any other 32 bits. An index beyond `x` is taken as its last
+/// row.
 ///
 /// # Errors
 /// No row in `x`, buffers too small for these sizes; the device.
@@ -399,6 +400,34 @@ pub fn gather_rows(
         cpu::gather_rows(x, held, cols, indices, rows, out)
     } else {
         gpu::gather_rows(commands, x, held, cols, indices, rows, out)
+    }
+}
+
+/// A residual SiLU: `out = x + silu(gate)`, `silu(v) = v / (1 + exp(-v))`, over `[rows, cols]` f32 elements.
+///
+/// # Errors
+/// Buffers too small for these sizes; the device.
+pub fn add_silu(
+    commands: &mut Commands,
+    x: BufferSlice<'_>,
+    gate: BufferSlice<'_>,
+    rows: u32,
+    cols: u32,
+    out: BufferSlice<'_>,
+) -> Result<(), OpError> {
+    let length = elements("a residual SiLU", rows, cols)?;
+    for (what, slice) in [("input of SiLU", gate), ("what SiLU is added to", x), ("output of a residual SiLU", out)] {
+        check_slice(what, slice, length, 4)?;
+    }
+    // `elements` has it in 32 bits.
+    let count = length as u32;
+    if count == 0 {
+        return Ok(());
+    }
+    if commands.device().is_cpu() {
+        cpu::add_silu(x, gate, count, out)
+    } else {
+        gpu::add_silu(commands, x, gate, count, out)
     }
 }
 

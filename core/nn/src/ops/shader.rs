@@ -274,6 +274,12 @@ pub(super) fn gather_rows() -> Source {
     Source { text, bindings: vec![Read, Read, ReadWrite], immediate_bytes: 12 }
 }
 
+/// The kernel of a residual SiLU.
+pub(super) fn add_silu() -> Source {
+    let text = include_str!("add_silu.wgsl").to_owned();
+    Source { text, bindings: vec![Read, Read, ReadWrite], immediate_bytes: 4 }
+}
+
 /// The kernel that copies columns.
 pub(super) fn copy_columns() -> Source {
     let text = include_str!("copy_columns.wgsl").to_owned();
@@ -441,6 +447,7 @@ mod tests {
         translates("rms_norm", &super::rms_norm());
         translates("gather_rows", &super::gather_rows());
         translates("copy_columns", &super::copy_columns());
+        translates("add_silu", &super::add_silu());
         for aligned in [true, false] {
             translates("argmax", &super::argmax(aligned, 256));
         }
