@@ -299,7 +299,7 @@ impl DraftAttention {
 }
 
 /// What a proposer loads with.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
 pub struct LoadContext<'a> {
     /// Where it runs.
