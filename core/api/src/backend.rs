@@ -62,6 +62,16 @@ pub trait AttentionKernel: Debug + Send + Sync {
         store::store_kv(self.problem(), commands, plan, io)
     }
 
+    /// Records moves of tokens within the cache of one layer, from slot to slot of the pool: of a tree's rows only the
+    /// accepted path stays. They happen in order, so a slot that was moved away from may be moved to. Provided for the
+    /// common layouts.
+    ///
+    /// # Errors
+    /// Buffers that do not fit the problem.
+    fn move_kv(&self, commands: &mut Commands, io: &MoveKv<'_>) -> Result<(), BackendError> {
+        store::move_kv(self.problem(), commands, io)
+    }
+
     /// Records the attention of one layer. Allocates nothing beyond wgpu's own recording.
     ///
     /// # Errors
@@ -227,6 +237,47 @@ impl<'a> StoreKv<'a> {
             v: rows,
             v_offset,
             v_stride: stride,
+            k_cache: k_cache.into(),
+            v_cache: v_cache.into(),
+            k_scale: None,
+            v_scale: None,
+        }
+    }
+}
+
+/// Tokens on their way from slot to slot of one layer's cache.
+#[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
+pub struct MoveKv<'a> {
+    /// From which slot to which: page · page size + place in the page.
+    pub moves: &'a [[u32; 2]],
+    /// The same as u32 words on the device.
+    pub words: BufferSlice<'a>,
+    /// Tokens of a page.
+    pub page_size: u32,
+    /// The key cache, as in [`AttentionIo`].
+    pub k_cache: BufferSlice<'a>,
+    /// The value cache.
+    pub v_cache: BufferSlice<'a>,
+    /// The scales of a `q8` key cache.
+    pub k_scale: Option<BufferSlice<'a>>,
+    /// The scales of a `q8` value cache.
+    pub v_scale: Option<BufferSlice<'a>>,
+}
+
+impl<'a> MoveKv<'a> {
+    /// These moves, which `words` holds on the device.
+    pub fn new(
+        moves: &'a [[u32; 2]],
+        words: impl Into<BufferSlice<'a>>,
+        page_size: u32,
+        k_cache: impl Into<BufferSlice<'a>>,
+        v_cache: impl Into<BufferSlice<'a>>,
+    ) -> Self {
+        Self {
+            moves,
+            words: words.into(),
+            page_size,
             k_cache: k_cache.into(),
             v_cache: v_cache.into(),
             k_scale: None,

@@ -10,7 +10,7 @@ use polyattn_device::{Commands, Device, DeviceFacts};
 
 use crate::{
     AttentionIo, AttentionKernel, AttentionProblem, BackendError, BatchLayout, Decline, Draft, DraftSequence, Drafter,
-    LoadContext, Outcome, Plan, PrefixReuse, Proposal, ProposeContext, ProposerError, RegisteredBackend,
+    LoadContext, MoveKv, Outcome, Plan, PrefixReuse, Proposal, ProposeContext, ProposerError, RegisteredBackend,
     RegisteredProposer, StoreKv, TapSpec,
 };
 
@@ -212,6 +212,10 @@ impl AttentionKernel for Guarded {
 
     fn store_kv(&self, commands: &mut Commands, plan: &Plan, io: &StoreKv<'_>) -> Result<(), BackendError> {
         self.call("store_kv", || self.kernel.store_kv(commands, plan, io))
+    }
+
+    fn move_kv(&self, commands: &mut Commands, io: &MoveKv<'_>) -> Result<(), BackendError> {
+        self.call("move_kv", || self.kernel.move_kv(commands, io))
     }
 
     fn encode(&self, commands: &mut Commands, plan: &Plan, io: &AttentionIo<'_>) -> Result<(), BackendError> {

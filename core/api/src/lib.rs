@@ -39,7 +39,7 @@ mod tree;
 pub use acceptance::{
     AcceptanceRule, Accepted, Block, Greedy, Match, Rejection, Synthetic, TargetRows, Typical, Verification,
 };
-pub use backend::{AttentionBackend, AttentionIo, AttentionKernel, BackendError, StoreKv};
+pub use backend::{AttentionBackend, AttentionIo, AttentionKernel, BackendError, MoveKv, StoreKv};
 pub use batch::{BatchLayout, TreeMask};
 pub use capabilities::{Capabilities, DeviceNeed, Dims, DtypeSet, KvDtypeSet, PhaseSet};
 pub use config::{

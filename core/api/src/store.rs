@@ -5,7 +5,8 @@ use half::{bf16, f16};
 use polyattn_device::{Access, BufferSlice, Commands, DType, Device, DeviceError, Pipeline, PipelineSpec, wgsl};
 
 use crate::{
-    AttentionKind, AttentionProblem, BATCH_WGSL, BackendError, BatchLayout, KvDType, KvLayout, Plan, StoreKv, narrow,
+    AttentionKind, AttentionProblem, BATCH_WGSL, BackendError, BatchLayout, KvDType, KvLayout, MoveKv, Plan, StoreKv,
+    narrow,
 };
 
 #[repr(C)]
@@ -275,6 +276,99 @@ fn scatter<T: Pod>(
                 let row = layout.row(slot, part, parts, batch.page_size as usize);
                 put(row, &from[source + part * dim..][..dim], &mut into[row * dim..][..dim]);
             }
+        }
+    }
+    Ok(())
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct Moves {
+    count: u32,
+    parts: u32,
+    words: u32,
+    page_size: u32,
+}
+
+/// Moves tokens within a cache.
+pub(crate) fn move_kv(
+    problem: &AttentionProblem,
+    commands: &mut Commands,
+    io: &MoveKv<'_>,
+) -> Result<(), BackendError> {
+    if io.moves.is_empty() {
+        return Ok(());
+    }
+    let (dtype, layout, kind) = (problem.kv_dtype, problem.kv_layout, problem.kind);
+    let heads = kind.kv_heads();
+    let scaled = dtype == KvDType::Q8;
+    let apart = layout == KvLayout::PageHeadToken || scaled;
+    // Each tensor with its parts of a token, and the bytes of a part.
+    let rows = |dim: u32| match apart {
+        true => (heads, u64::from(dim) * dtype.bytes()),
+        false => (1, u64::from(heads * dim) * dtype.bytes()),
+    };
+    let mut tensors = vec![(io.k_cache, rows(kind.query_dim()))];
+    let missing = || BackendError::Io("the scales of a q8 cache are missing".into());
+    if scaled {
+        tensors.push((io.k_scale.ok_or_else(missing)?, (heads, 4)));
+    }
+    if let AttentionKind::Gqa { value_dim, .. } = kind {
+        tensors.push((io.v_cache, rows(value_dim)));
+        if scaled {
+            tensors.push((io.v_scale.ok_or_else(missing)?, (heads, 4)));
+        }
+    }
+    let slots = io
+        .moves
+        .iter()
+        .flatten()
+        .max()
+        .map_or(0, |slot| u64::from(*slot) + 1)
+        .next_multiple_of(io.page_size.max(1).into());
+    if io.words.bytes() < io.moves.len() as u64 * 8 {
+        let message =
+            format!("moves have {} bytes, {} of them need {}", io.words.bytes(), io.moves.len(), io.moves.len() * 8);
+        return Err(BackendError::Io(message));
+    }
+    for (cache, (parts, bytes)) in tensors {
+        if !bytes.is_multiple_of(4) {
+            return Err(BackendError::Io(format!("rows of {bytes} bytes are no whole number of words")));
+        }
+        let needed = slots * u64::from(parts) * bytes;
+        if cache.bytes() < needed {
+            return Err(BackendError::Io(format!("cache has {} bytes, needs {needed}", cache.bytes())));
+        }
+        let call = Moves { count: io.moves.len() as u32, parts, words: (bytes / 4) as u32, page_size: io.page_size };
+        if commands.device().is_cpu() {
+            move_words(cache, layout, call, io.moves)?;
+            continue;
+        }
+        let pipeline = commands.device().cached_pipeline("move_kv", layout as u64, |device| {
+            let source = include_str!("move.wgsl").to_owned() + layout.wgsl();
+            device.pipeline(&PipelineSpec {
+                label: "move_kv",
+                source: &source,
+                entry: "move_kv",
+                bindings: &[Access::Read, Access::ReadWrite],
+                immediate_bytes: size_of::<Moves>() as u32,
+                constants: &[],
+            })
+        })?;
+        let groups = [(call.parts * call.words).div_ceil(64), 1, 1];
+        commands.dispatch(&pipeline, &[io.words, cache], bytemuck::bytes_of(&call), groups)?;
+    }
+    Ok(())
+}
+
+fn move_words(cache: BufferSlice<'_>, layout: KvLayout, call: Moves, moves: &[[u32; 2]]) -> Result<(), BackendError> {
+    let mut cache_words = cache.buffer().write::<u32>()?;
+    let cache_words = &mut cache_words[cache.offset() as usize / 4..];
+    let words = call.words as usize;
+    for [from, to] in moves {
+        for part in 0..call.parts as usize {
+            let row = |slot: u32| layout.row(slot as usize, part, call.parts as usize, call.page_size as usize) * words;
+            cache_words.copy_within(row(*from)..row(*from) + words, row(*to));
         }
     }
     Ok(())

@@ -9,8 +9,8 @@ use std::{
 };
 
 use polyattn_api::{
-    AttentionIo, AttentionKernel, AttentionProblem, BackendError, BatchLayout, Phase, Plan, ResolvedLayer, Role,
-    StoreKv,
+    AttentionIo, AttentionKernel, AttentionProblem, BackendError, BatchLayout, Mask, MoveKv, Phase, Plan,
+    ResolvedLayer, Role, StoreKv,
 };
 use polyattn_device::{Commands, Device};
 
@@ -36,6 +36,10 @@ impl AttentionKernel for Served {
 
     fn store_kv(&self, commands: &mut Commands, plan: &Plan, io: &StoreKv<'_>) -> Result<(), BackendError> {
         self.kernel.store_kv(commands, plan, io)
+    }
+
+    fn move_kv(&self, commands: &mut Commands, io: &MoveKv<'_>) -> Result<(), BackendError> {
+        self.kernel.move_kv(commands, io)
     }
 
     fn encode(&self, commands: &mut Commands, plan: &Plan, io: &AttentionIo<'_>) -> Result<(), BackendError> {
@@ -76,11 +80,11 @@ impl Kernels {
         Ok(())
     }
 
-    /// The kernels of a role and phase, in the order of its layer kinds.
-    pub(crate) fn of(&self, role: Role, phase: Phase) -> impl Iterator<Item = &Arc<Served>> {
+    /// The kernels of a role and phase, over trees or not, in the order of its layer kinds.
+    pub(crate) fn of(&self, role: Role, phase: Phase, tree: bool) -> impl Iterator<Item = &Arc<Served>> {
         self.served.iter().filter(move |served| {
             let problem = served.problem();
-            problem.role == role && problem.phase == phase
+            problem.role == role && problem.phase == phase && (problem.mask == Mask::Tree) == tree
         })
     }
 

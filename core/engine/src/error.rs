@@ -50,6 +50,9 @@ pub enum EngineError {
         /// Pages of the pool.
         total: usize,
     },
+    /// An error that ended several requests at once.
+    #[error(transparent)]
+    Shared(std::sync::Arc<EngineError>),
     /// A recorded call could not be written.
     #[error("{}: {message}", path.display())]
     Record {

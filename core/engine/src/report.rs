@@ -19,6 +19,8 @@ pub enum StopReason {
     Context,
     /// The caller said stop.
     Cancelled,
+    /// No more pages in the cache, though no other request holds any.
+    OutOfPages,
 }
 
 /// How well drafts fared.
@@ -36,26 +38,48 @@ pub struct Acceptance {
     pub drafted: u64,
     /// Tokens accepted.
     pub accepted: u64,
+    /// Tokens drafted and verified in vain.
+    pub wasted: u64,
+    /// Steps with a draft by the number of tokens they accepted, from 0 on.
+    pub histogram: Vec<u64>,
+    /// Time in the drafter: all of it on the CPU; on a GPU its recording, and what the drafter itself waited for.
+    pub draft_seconds: f64,
+    /// The rest of the steps with a draft: the target's pass and the verdict.
+    pub verify_seconds: f64,
 }
 
 /// Counts of what was drafted and accepted.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct AcceptanceCounts {
+    /// Steps whose draft, and whose accepted part, reached each depth.
     drafted_at: Vec<u64>,
     accepted_at: Vec<u64>,
+    histogram: Vec<u64>,
+    nodes: u64,
+    draft: Duration,
+    verify: Duration,
 }
 
 impl AcceptanceCounts {
-    pub(crate) fn step(&mut self, drafted: usize, accepted: usize) {
-        for (counts, reached) in [(&mut self.drafted_at, drafted), (&mut self.accepted_at, accepted)] {
+    /// A draft of `nodes` tokens in `depth` levels, of which `accepted` stand.
+    pub(crate) fn step(&mut self, nodes: usize, depth: usize, accepted: usize) {
+        for (counts, reached) in [(&mut self.drafted_at, depth), (&mut self.accepted_at, accepted)] {
             counts.resize(counts.len().max(reached), 0);
             counts[..reached].iter_mut().for_each(|count| *count += 1);
         }
+        self.nodes += nodes as u64;
+        self.histogram.resize(self.histogram.len().max(accepted + 1), 0);
+        self.histogram[accepted] += 1;
+    }
+
+    pub(crate) fn took(&mut self, draft: Duration, verify: Duration) {
+        self.draft += draft;
+        self.verify += verify;
     }
 
     pub(crate) fn report(&self) -> Acceptance {
         let steps = self.drafted_at.first().copied().unwrap_or(0);
-        let drafted: u64 = self.drafted_at.iter().sum();
+        let drafted = self.nodes;
         let accepted: u64 = self.accepted_at.iter().sum();
         let share = |part: u64, whole: u64| if whole == 0 { 0.0 } else { part as f64 / whole as f64 };
         Acceptance {
@@ -70,6 +94,10 @@ impl AcceptanceCounts {
             drafted_steps: steps,
             drafted,
             accepted,
+            wasted: drafted.saturating_sub(accepted),
+            histogram: self.histogram.clone(),
+            draft_seconds: self.draft.as_secs_f64(),
+            verify_seconds: self.verify.as_secs_f64(),
         }
     }
 }
@@ -101,6 +129,15 @@ impl Serialize for TargetBackends {
 }
 
 impl Backends {
+    /// Takes over what ran elsewhere.
+    pub(crate) fn add(&mut self, other: &Self) {
+        for (here, there) in [(&mut self.target, &other.target), (&mut self.draft, &other.draft)] {
+            for (phase, names) in &there.0 {
+                here.0.entry(phase).or_default().extend(names);
+            }
+        }
+    }
+
     pub(crate) fn ran(&mut self, role: Role, phase: Phase, backend: &'static str) {
         let phase = match phase {
             Phase::Prefill => "prefill",
@@ -134,6 +171,14 @@ pub struct Generation {
     pub decode: Duration,
     /// Drafts and their fate; `None` without a proposer.
     pub acceptance: Option<Acceptance>,
+    /// Whether the tokens follow the target's distribution: not under a lossy acceptance rule.
+    pub lossless: bool,
+    /// Whether the drafter failed on the way, and the rest was decoded plainly.
+    pub drafter_lost: bool,
+    /// Tokens of the prompt whose pages another request had filled.
+    pub cached_tokens: usize,
+    /// How often its pages were taken away, and its text run again.
+    pub preemptions: u64,
     /// The backends that really ran.
     pub backends: Backends,
     /// Attention calls served, by backend.
@@ -157,13 +202,18 @@ mod tests {
     #[test]
     fn counts_by_position() {
         let mut counts = AcceptanceCounts::default();
-        counts.step(4, 2);
-        counts.step(2, 0);
-        counts.step(4, 4);
+        counts.step(4, 4, 2);
+        counts.step(2, 2, 0);
+        counts.step(4, 4, 4);
         let report = counts.report();
+        assert_eq!((report.wasted, report.histogram.as_slice()), (4, &[1, 0, 1, 0, 1][..]));
         assert_eq!((report.drafted_steps, report.drafted, report.accepted), (3, 10, 6));
         assert_eq!(report.mean_length, 3.0);
         assert_eq!(report.per_position, [2.0 / 3.0, 2.0 / 3.0, 0.5, 0.5]);
         assert_eq!(AcceptanceCounts::default().report().mean_length, 1.0);
+        // A tree: 5 tokens in 2 levels.
+        let mut tree = AcceptanceCounts::default();
+        tree.step(5, 2, 2);
+        assert_eq!((tree.report().per_position, tree.report().wasted), (vec![1.0, 1.0], 3));
     }
 }

@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
-use polyattn_api::{AttentionKernel, BatchLayout, Phase, Plan, ProposerError, Role, TargetServices};
+use polyattn_api::{
+    AttentionKernel, BatchLayout, Draft, MoveKv, Phase, Plan, ProposerError, Role, TapSpec, TargetServices, TreeMask,
+};
 use polyattn_device::{Buffer, BufferSlice, Commands, DType, Device};
 use polyattn_nn::{
     NnError,
@@ -17,28 +19,42 @@ use crate::{EngineError, attention::Kernels};
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Ids<'a> {
     Host(&'a [u32]),
-    /// Already on the device, `rows` of them.
-    Device {
+    /// Already on the device, as they lie.
+    Device(BufferSlice<'a>),
+    /// Some on the device: for each row a place in `ids`, or a [`given_id`](ops::given_id).
+    Gathered {
         ids: BufferSlice<'a>,
-        rows: u32,
+        sources: &'a [u32],
     },
 }
 
-impl Ids<'_> {
-    pub(crate) fn rows(&self) -> u32 {
-        match self {
-            Self::Host(ids) => ids.len() as u32,
-            Self::Device { rows, .. } => *rows,
-        }
-    }
+/// Rows of one sequence in a pass.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct PassSequence<'a> {
+    /// Place of the first row in the sequence.
+    pub(crate) position: u32,
+    pub(crate) rows: u32,
+    pub(crate) pages: &'a [i32],
+    /// What stands behind the first row, where that is a tree.
+    pub(crate) tree: Option<&'a Draft>,
+}
+
+/// Rows of a pass.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Pass<'a> {
+    pub(crate) phase: Phase,
+    pub(crate) ids: Ids<'a>,
+    /// Rows of each sequence, one sequence behind the other.
+    pub(crate) sequences: &'a [PassSequence<'a>],
+    pub(crate) head: Head<'a>,
 }
 
 /// Which rows' logits are wanted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Head {
+pub(crate) enum Head<'a> {
     None,
-    Last,
     All,
+    Rows(&'a [u32]),
 }
 
 /// Sizes of a runner.
@@ -65,11 +81,21 @@ pub(crate) struct Runner {
     layer_kinds: Vec<usize>,
     ids: Buffer,
     positions: Buffer,
-    last_row: Buffer,
-    last_hidden: Buffer,
+    head_places: Buffer,
+    head_hidden: Buffer,
     logits: Buffer,
     best: Buffer,
-    taps: Option<(Vec<u32>, Buffer)>,
+    /// Sources of ids, and pairs of slots.
+    sources: Buffer,
+    moves: Buffer,
+    taps: Option<Tapped>,
+}
+
+#[derive(Debug)]
+struct Tapped {
+    spec: TapSpec,
+    out: Buffer,
+    last_hidden: Option<Buffer>,
 }
 
 impl Runner {
@@ -79,7 +105,7 @@ impl Runner {
         layer_kinds: Vec<usize>,
         sizes: RunnerSizes,
         dtype: DType,
-        taps: &[u32],
+        taps: &TapSpec,
     ) -> Result<Self, EngineError> {
         let config = decoder.config();
         let row = u64::from(config.kv_heads) * u64::from(config.head_dim) * dtype.bytes();
@@ -97,8 +123,13 @@ impl Runner {
         let tapped = if taps.is_empty() {
             None
         } else {
-            let bytes = u64::from(sizes.rows) * taps.len() as u64 * hidden;
-            Some((taps.to_vec(), device.alloc(bytes, "taps")?))
+            let bytes = u64::from(sizes.rows) * taps.count() as u64 * hidden;
+            let last = |device: &Device| device.alloc(u64::from(sizes.rows) * hidden, "last hidden states");
+            Some(Tapped {
+                spec: taps.clone(),
+                out: device.alloc(bytes, "taps")?,
+                last_hidden: if taps.last_hidden { Some(last(device)?) } else { None },
+            })
         };
         Ok(Self {
             scratch: decoder.scratch(device, sizes.rows, dtype)?,
@@ -106,10 +137,12 @@ impl Runner {
             layer_kinds,
             ids: device.alloc(words(sizes.rows), "ids")?,
             positions: device.alloc(words(sizes.rows), "positions")?,
-            last_row: device.alloc(4, "last row")?,
-            last_hidden: device.alloc(hidden, "last hidden state")?,
+            head_places: device.alloc(words(sizes.head_rows), "head places")?,
+            head_hidden: device.alloc(u64::from(sizes.head_rows) * hidden, "head rows")?,
             logits: device.alloc(words(sizes.head_rows) * u64::from(config.vocab_size), "logits")?,
             best: device.alloc(words(sizes.head_rows), "best ids")?,
+            sources: device.alloc(words(sizes.rows), "id sources")?,
+            moves: device.alloc(words(sizes.rows) * 2, "moved slots")?,
             taps: tapped,
             device: device.clone(),
             decoder,
@@ -123,7 +156,7 @@ impl Runner {
 
     /// Taps of the pass that ran last.
     pub(crate) fn taps(&self) -> Option<&Buffer> {
-        self.taps.as_ref().map(|(_, buffer)| buffer)
+        self.taps.as_ref().map(|taps| &taps.out)
     }
 
     /// The most likely ids of the pass that ran last, where [`best`](Self::best) was recorded.
@@ -131,54 +164,88 @@ impl Runner {
         &self.best
     }
 
-    /// Records a pass of one sequence over rows whose first stands at `position`.
-    #[expect(clippy::too_many_arguments, reason = "one pass: what, where, with whom")]
-    pub(crate) fn pass(
-        &self,
-        commands: &mut Commands,
-        kernels: &Kernels,
-        phase: Phase,
-        ids: Ids<'_>,
-        position: u32,
-        pages: &[i32],
-        head: Head,
-    ) -> Result<(), EngineError> {
-        let rows = ids.rows();
-        let ids = match ids {
+    /// Records a pass.
+    pub(crate) fn pass(&self, commands: &mut Commands, kernels: &Kernels, pass: &Pass<'_>) -> Result<(), EngineError> {
+        let rows: u32 = pass.sequences.iter().map(|sequence| sequence.rows).sum();
+        let ids = match pass.ids {
             Ids::Host(ids) => {
                 self.device.write(&self.ids, 0, ids)?;
                 self.ids.whole()
             }
-            Ids::Device { ids, .. } => ids,
+            Ids::Device(ids) => ids,
+            Ids::Gathered { ids, sources } => {
+                self.device.write(&self.sources, 0, sources)?;
+                ops::gather_ids(commands, ids, self.sources.whole(), rows, self.ids.whole())?;
+                self.ids.whole()
+            }
         };
-        let positions: Vec<u32> = (position..position + rows).collect();
-        self.device.write(&self.positions, 0, &positions)?;
-
-        let length = position + rows;
+        let over_tree = pass.sequences.iter().any(|sequence| sequence.tree.is_some());
         let mut batch = BatchLayout::new(self.sizes.page_size, self.sizes.pool_pages);
-        batch.push(rows, length, &pages[..length.div_ceil(self.sizes.page_size) as usize]);
-        let served: Vec<_> = kernels.of(Role::Target, phase).collect();
+        let mut positions: Vec<u32> = Vec::with_capacity(rows as usize);
+        for sequence in pass.sequences {
+            let length = sequence.position + sequence.rows;
+            let pages = length.div_ceil(self.sizes.page_size) as usize;
+            batch.push(sequence.rows, length, sequence.pages.get(..pages).unwrap_or(sequence.pages));
+            match sequence.tree {
+                None => positions.extend(sequence.position..length),
+                Some(tree) => {
+                    positions.push(sequence.position);
+                    positions.extend(tree.depths().iter().map(|depth| sequence.position + depth));
+                }
+            }
+        }
+        self.device.write(&self.positions, 0, &positions)?;
+        if over_tree {
+            batch.tree = Some(tree_mask(pass.sequences));
+        }
+
+        let served: Vec<_> = kernels.of(Role::Target, pass.phase, over_tree).collect();
         let plans = served.iter().map(|kernel| kernel.plan(&batch)).collect::<Result<Vec<Plan>, _>>()?;
         let attention = |layer: u32| {
             let kind = self.layer_kinds[layer as usize];
             let (k_cache, v_cache) = &self.cache[layer as usize];
             LayerAttention { kernel: served[kind].as_ref(), plan: &plans[kind], k_cache, v_cache }
         };
-        let taps = self.taps.as_ref().map(|(layers, out)| Taps { layers, out });
+        let taps = self.taps.as_ref().map(|taps| Taps {
+            layers: &taps.spec.layers,
+            last_hidden: taps.last_hidden.as_ref(),
+            out: &taps.out,
+        });
         self.decoder.forward(commands, ids, rows, self.positions.whole(), attention, taps, &self.scratch)?;
 
-        let (hidden, rows) = match head {
+        let (hidden, rows) = match pass.head {
             Head::None => return Ok(()),
-            Head::Last if rows > 1 => {
-                self.device.write(&self.last_row, 0, &[rows - 1])?;
-                let width = self.decoder.config().hidden_size;
-                let (from, row, to) = (&self.scratch.hidden, &self.last_row, &self.last_hidden);
-                ops::gather_rows(commands, from.whole(), width, row.whole(), 1, to.whole())?;
-                (&self.last_hidden, 1)
+            Head::Rows(places) if rows > 1 => {
+                self.device.write(&self.head_places, 0, places)?;
+                let (width, count) = (self.decoder.config().hidden_size, places.len() as u32);
+                let (from, places, to) = (&self.scratch.hidden, &self.head_places, &self.head_hidden);
+                ops::gather_rows(commands, from.whole(), width, places.whole(), count, to.whole())?;
+                (&self.head_hidden, count)
             }
-            Head::Last | Head::All => (&self.scratch.hidden, rows),
+            Head::Rows(_) | Head::All => (&self.scratch.hidden, rows),
         };
         Ok(self.decoder.logits(commands, hidden.whole(), rows, false, self.logits.whole())?)
+    }
+
+    /// Records moves of tokens from slot to slot of the pool, in every layer's cache.
+    pub(crate) fn move_slots(
+        &self,
+        commands: &mut Commands,
+        kernels: &Kernels,
+        moves: &[[u32; 2]],
+    ) -> Result<(), EngineError> {
+        self.device.write(&self.moves, 0, moves.as_flattened())?;
+        let served: Vec<_> = kernels.of(Role::Target, Phase::Verify, false).collect();
+        for (kind, (k_cache, v_cache)) in self.layer_kinds.iter().zip(&self.cache) {
+            let page_size = self.sizes.page_size;
+            served[*kind].move_kv(commands, &MoveKv::new(moves, &self.moves, page_size, k_cache, v_cache))?;
+        }
+        Ok(())
+    }
+
+    /// The ids of the pass that ran last, where they were not taken as they lie.
+    pub(crate) fn ids(&self) -> &Buffer {
+        &self.ids
     }
 
     /// Records the logits of all `rows` rows of the pass that was just recorded, in memory of their own.
@@ -196,10 +263,34 @@ impl Runner {
         Ok(self.best.slice(0, u64::from(rows) * 4)?)
     }
 
-    /// The logits of `rows` rows.
-    pub(crate) fn logits(&self, rows: u32) -> Result<BufferSlice<'_>, EngineError> {
-        Ok(self.logits.slice(0, u64::from(rows) * u64::from(self.decoder.config().vocab_size) * 4)?)
+    /// The logits of `rows` rows from `first` on.
+    pub(crate) fn logits(&self, first: u32, rows: u32) -> Result<BufferSlice<'_>, EngineError> {
+        let row = u64::from(self.decoder.config().vocab_size) * 4;
+        Ok(self.logits.slice(u64::from(first) * row, u64::from(rows) * row)?)
     }
+}
+
+/// Which rows see which: a row itself and its ancestors, the first row being the root; in a chain all rows before.
+fn tree_mask(sequences: &[PassSequence<'_>]) -> TreeMask {
+    let most = sequences.iter().map(|sequence| sequence.rows).max().unwrap_or(0);
+    let words = most.div_ceil(32).max(1) as usize;
+    let mut bits: Vec<u32> = Vec::new();
+    for sequence in sequences {
+        let first = bits.len();
+        for row in 0..sequence.rows as usize {
+            let parent = row.checked_sub(1).map(|node| match sequence.tree {
+                Some(tree) => tree.parent(node as u32).map_or(0, |parent| parent as usize + 1),
+                None => node,
+            });
+            let start = bits.len();
+            match parent {
+                Some(parent) => bits.extend_from_within(first + parent * words..first + (parent + 1) * words),
+                None => bits.resize(start + words, 0),
+            }
+            bits[start + row / 32] |= 1 << (row % 32);
+        }
+    }
+    TreeMask { words, bits }
 }
 
 /// A drafter runs before the target's pass in the same stream, so it may use the same memory for its logits.
@@ -226,6 +317,31 @@ impl TargetServices for Runner {
         self.decoder.logits(commands, hidden, rows, true, self.logits.whole()).map_err(lent)?;
         ops::argmax(commands, self.logits.whole(), first..rows, vocab, ids).map_err(|error| lent(error.into()))
     }
+
+    fn head_logits(
+        &self,
+        commands: &mut Commands,
+        hidden: BufferSlice<'_>,
+        rows: u32,
+        logits: BufferSlice<'_>,
+    ) -> Result<(), ProposerError> {
+        self.decoder.logits(commands, hidden, rows, true, logits).map_err(lent)
+    }
+
+    fn head_top_k(
+        &self,
+        commands: &mut Commands,
+        hidden: BufferSlice<'_>,
+        rows: u32,
+        k: u32,
+        ids: BufferSlice<'_>,
+        log_probabilities: BufferSlice<'_>,
+    ) -> Result<(), ProposerError> {
+        let vocab = self.decoder.config().vocab_size;
+        self.decoder.logits(commands, hidden, rows, true, self.logits.whole()).map_err(lent)?;
+        ops::top_k(commands, self.logits.whole(), rows, vocab, k, ids, log_probabilities)
+            .map_err(|error| lent(error.into()))
+    }
 }
 
 fn lent(error: NnError) -> ProposerError {
@@ -233,5 +349,23 @@ fn lent(error: NnError) -> ProposerError {
         NnError::Backend(error) => error.into(),
         NnError::Device(error) => error.into(),
         other => ProposerError::Unsupported(other.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use polyattn_api::Draft;
+
+    use super::{PassSequence, tree_mask};
+
+    #[test]
+    fn rows_see_their_ancestors() {
+        let tree = Draft::tree(vec![7, 8, 9, 6], vec![None, None, Some(0), Some(1)]);
+        let of = |rows, tree| PassSequence { position: 3, rows, pages: &[], tree };
+        let mask = tree_mask(&[of(5, Some(&tree)), of(3, None), of(1, None)]);
+        assert_eq!(mask.words, 1);
+        assert_eq!(mask.bits, [0b1, 0b11, 0b101, 0b1011, 0b10101, 0b1, 0b11, 0b111, 0b1]);
+        let long = tree_mask(&[of(40, None)]);
+        assert_eq!((long.words, &long.bits[64..66], &long.bits[78..]), (2, &[u32::MAX, 1][..], &[u32::MAX, 0xff][..]));
     }
 }

@@ -32,13 +32,15 @@ pub struct DecoderScratch {
     pub layer: LayerScratch,
 }
 
-/// Hidden states that a pass hands out: the output of each of `layers`, side by side in rows of
-/// `layers.len() · hidden_size`.
+/// Hidden states that a pass hands out: the output of each of `layers` and, where asked for, the last hidden state behind
+/// the final norm, side by side in rows of as many times `hidden_size`.
 #[derive(Clone, Copy, Debug)]
 pub struct Taps<'a> {
     /// Layer ids.
     pub layers: &'a [u32],
-    /// `[rows, layers.len() · hidden_size]`, f32.
+    /// Memory for the last hidden state `[rows, hidden_size]`, f32, where it is wanted.
+    pub last_hidden: Option<&'a Buffer>,
+    /// `[rows, (layers.len() + 1 with the last hidden state) · hidden_size]`, f32.
     pub out: &'a Buffer,
 }
 
@@ -150,12 +152,19 @@ impl Decoder {
             layer.forward(commands, hidden, rows, &attention(number), &scratch.layer)?;
             if let Some(taps) = &taps {
                 let width = self.config.hidden_size;
-                let stride = taps.layers.len() as u32 * width;
+                let stride = (taps.layers.len() as u32 + u32::from(taps.last_hidden.is_some())) * width;
                 for (place, _) in taps.layers.iter().enumerate().filter(|(_, tapped)| **tapped == number) {
                     let offset = place as u32 * width;
                     ops::copy_columns(commands, hidden.whole(), width, rows.count, taps.out.whole(), stride, offset)?;
                 }
             }
+        }
+        if let Some(Taps { layers, last_hidden: Some(last), out }) = &taps {
+            let width = self.config.hidden_size;
+            let norm = Norm { weight: &self.norm, eps: self.shape.eps };
+            ops::rms_norm(commands, hidden.whole(), norm, rows, last.whole())?;
+            let offset = layers.len() as u32 * width;
+            ops::copy_columns(commands, last.whole(), width, rows, out.whole(), offset + width, offset)?;
         }
         Ok(())
     }

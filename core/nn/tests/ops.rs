@@ -448,6 +448,68 @@ fn argmax() {
 }
 
 #[test]
+fn top_k() {
+    for device in devices() {
+        let mut random = Random(16);
+        let (nan, low) = (f32::NAN, f32::NEG_INFINITY);
+        let mut cases: Vec<(usize, usize, Vec<f32>)> = vec![
+            (4, 2, vec![nan; 4]),
+            (4, 3, vec![1.0, 3.0, 3.0, nan]),
+            (4, 4, vec![-0.0, 0.0, -0.0, 0.0]),
+            (4, 3, vec![nan, low, 2.0, low]),
+            (2, 5, vec![0.5, 0.25]),
+        ];
+        for (cols, k) in [(5, 5), (1000, 1), (1000, 16), (49_152, 8)] {
+            let mut data = random.vec(3 * cols);
+            (data[cols / 3], data[cols - 1]) = (2.0, 2.0);
+            data[2 * cols..].iter_mut().for_each(|x| *x *= 30.0);
+            cases.push((cols, k, data));
+        }
+        for (cols, k, data) in cases {
+            let rows = data.len() / cols;
+            let logits = floats(&device, &data);
+            let ids = device.upload(&vec![77u32; rows * k], "ids").unwrap();
+            let logs = floats(&device, &vec![f32::NAN; rows * k]);
+            run(&device, |commands| {
+                ops::top_k(commands, logits.whole(), rows as u32, cols as u32, k as u32, ids.whole(), logs.whole())
+            });
+            let (ids, logs): (Vec<u32>, Vec<f32>) = (device.download(&ids).unwrap(), device.download(&logs).unwrap());
+            for (row, values) in data.chunks(cols).enumerate() {
+                let mut ranked: Vec<(u32, f32)> =
+                    (0..).zip(values).filter(|(_, x)| !x.is_nan()).map(|(id, x)| (id, *x)).collect();
+                ranked.sort_by(|a, b| b.1.partial_cmp(&a.1).unwrap().then(a.0.cmp(&b.0)));
+                let most = ranked.first().map_or(0.0, |one| f64::from(one.1));
+                let total: f64 = ranked.iter().map(|(_, x)| (f64::from(*x) - most).exp()).sum();
+                for place in 0..k {
+                    let (id, log) = (ids[row * k + place], logs[row * k + place]);
+                    match ranked.get(place) {
+                        Some((want, x)) => {
+                            assert_eq!(id, *want, "{device:?} {cols} columns, row {row}, place {place}");
+                            let want = f64::from(*x) - most - total.ln();
+                            let near = (f64::from(log) - want).abs() <= 1e-4 * (1.0 + want.abs());
+                            assert!(near || f64::from(log) == want, "{device:?}: {log} is not {want}");
+                        }
+                        None => assert_eq!((id, log), (u32::MAX, low), "{device:?} {cols} columns, row {row}"),
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn gathers_ids() {
+    for device in devices() {
+        let ids = device.upload(&[7u32, 49_151, 3], "ids").unwrap();
+        let wanted = [2, ops::given_id(150_000), 0, 1, ops::given_id(0), 9];
+        let sources = device.upload(&wanted, "sources").unwrap();
+        let out = device.upload(&[1u32; 7], "out").unwrap();
+        run(&device, |commands| ops::gather_ids(commands, ids.whole(), sources.whole(), 6, out.whole()));
+        assert_eq!(device.download::<u32>(&out).unwrap(), [3, 150_000, 7, 49_151, 0, 3, 1], "{device:?}");
+    }
+}
+
+#[test]
 fn moves() {
     for device in devices() {
         let mut random = Random(7);

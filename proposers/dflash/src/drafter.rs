@@ -1,8 +1,9 @@
 use std::sync::Arc;
 
 use polyattn_api::{
-    AttentionKernel, BackendError, BatchLayout, Buffer, CommittedRows, DType, Device, DraftSequence, Drafter,
-    LoadContext, Outcome, Plan, Proposal, ProposeContext, ProposerError, StoreKv, TapSpec,
+    AttentionKernel, BackendError, BatchLayout, Buffer, Candidate, Commands, CommittedRows, DType, Device, Draft,
+    Drafter, LoadContext, Marginals, Outcome, Plan, PrefixReuse, Proposal, ProposeContext, ProposerError, Purpose,
+    Sampling, StoreKv, TapSpec, TreeWish,
 };
 use polyattn_nn::{
     NnError, WeightLoader,
@@ -21,7 +22,7 @@ const DEFAULT_TOKENS: u32 = 7;
 /// `polyattn bench generate`, see `tests/bench/results`.
 const DEFAULT_TOKENS_ON_CPU: u32 = 3;
 
-/// A loaded DFlash drafter for one sequence at a time.
+/// A loaded DFlash drafter.
 #[derive(Debug)]
 pub struct DFlashDrafter {
     config: DFlashConfig,
@@ -38,6 +39,8 @@ pub struct DFlashDrafter {
     rope: RopeTable,
     page_size: u32,
     pool_pages: u32,
+    /// Of the target, whose head it borrows.
+    vocab: u32,
     kernels: Vec<Arc<dyn AttentionKernel>>,
     memory: Memory,
 }
@@ -60,10 +63,20 @@ struct Memory {
     fused: Buffer,
     context: Buffer,
     positions: Buffer,
+    /// Blocks of a step at the most.
+    max_blocks: u32,
+    /// Ids of the blocks, one behind the other, and their positions.
     block: Buffer,
     block_positions: Buffer,
     hidden: Buffer,
     normed: Buffer,
+    /// Which rows of the blocks the head sees, and the rows.
+    head_places: Buffer,
+    head_rows: Buffer,
+    /// What the head finds for them, and where each id of a block comes from.
+    best: Buffer,
+    sources: Buffer,
+    drafted: Buffer,
     layer: LayerScratch,
 }
 
@@ -164,9 +177,11 @@ impl DFlashDrafter {
             });
         }
         let floats = |rows: u32, width: u64| u64::from(rows) * width * 4;
-        let (max_rows, block) = (context.max_rows, config.block_size);
+        let (max_rows, max_blocks) = (context.max_rows, context.max_sequences.max(1));
+        let block = config.block_size * max_blocks;
         let memory = Memory {
             max_rows,
+            max_blocks,
             features: device.alloc(floats(max_rows, u64::from(features)), "draft features")?,
             feature_rows: device.alloc(floats(max_rows, 1), "draft feature rows")?,
             fused: device.alloc(floats(max_rows, u64::from(hidden)), "draft fused features")?,
@@ -176,10 +191,15 @@ impl DFlashDrafter {
             block_positions: device.alloc(floats(block, 1), "draft block positions")?,
             hidden: device.alloc(floats(block, u64::from(hidden)), "draft hidden states")?,
             normed: device.alloc(floats(block, u64::from(hidden)), "draft normed states")?,
+            head_places: device.alloc(floats(block, 1), "draft head places")?,
+            head_rows: device.alloc(floats(block, u64::from(hidden)), "draft head rows")?,
+            best: device.alloc(floats(block, 1), "draft best ids")?,
+            sources: device.alloc(floats(block, 1), "draft id sources")?,
+            drafted: device.alloc(floats(block, 1), "drafted ids")?,
             layer: LayerScratch::new(device, &shape, block, context.config.model.dtype)?,
         };
         Ok(Self {
-            taps: TapSpec { layers: config.target_layers.clone() },
+            taps: TapSpec::of_layers(config.target_layers.clone()),
             shape,
             fc,
             hidden_norm: loader.vector(&["hidden_norm.weight".to_owned()])?,
@@ -190,6 +210,7 @@ impl DFlashDrafter {
             rope: RopeTable::new(device, &config.rope.inv_freq(), context.pool_pages * context.page_size)?,
             page_size: context.page_size,
             pool_pages: context.pool_pages,
+            vocab: context.target.vocab_size,
             kernels: context.attention.iter().map(|attention| Arc::clone(&attention.kernel)).collect(),
             memory,
             device: device.clone(),
@@ -226,22 +247,26 @@ impl DFlashDrafter {
         let Some(taps) = outcome.taps else { return Err(NnError::Shape("dflash was given no taps".into())) };
         let commands = &mut *outcome.commands;
         let memory = &self.memory;
-        let rows: u32 = outcome.sequences.iter().map(|committed| committed.rows).sum();
+        let rows: u32 = outcome.sequences.iter().map(CommittedRows::count).sum();
         if rows > memory.max_rows {
             return Err(NnError::Shape(format!("{rows} rows committed at once, at most {}", memory.max_rows)));
         }
         let mut batch = BatchLayout::new(self.page_size, self.pool_pages);
         let mut positions = Vec::with_capacity(rows as usize);
-        for CommittedRows { rows, position, pages, .. } in outcome.sequences {
-            let length = position + rows;
-            batch.push(*rows, length, self.pages(pages, length).map_err(|error| NnError::Shape(error.to_string()))?);
+        for committed @ CommittedRows { position, pages, .. } in outcome.sequences {
+            let length = position + committed.count();
+            batch.push(
+                committed.count(),
+                length,
+                self.pages(pages, length).map_err(|error| NnError::Shape(error.to_string()))?,
+            );
             positions.extend(*position..length);
         }
         self.device.write(&memory.positions, 0, &positions)?;
         let features = match outcome.sequences {
-            [only] if only.first_row == 0 => taps,
+            [only] if only.is_contiguous() && only.rows.first() == Some(&0) => taps,
             several => {
-                let from: Vec<u32> = several.iter().flat_map(|one| one.first_row..one.first_row + one.rows).collect();
+                let from: Vec<u32> = several.iter().flat_map(|one| one.rows).copied().collect();
                 self.device.write(&memory.feature_rows, 0, &from)?;
                 let width = self.fc.cols;
                 let (rows_of, to) = (memory.feature_rows.whole(), memory.features.whole());
@@ -288,25 +313,33 @@ impl DFlashDrafter {
         Ok(())
     }
 
-    fn draft(&mut self, context: &mut ProposeContext<'_>, sequence: &DraftSequence<'_>) -> Result<Proposal, NnError> {
+    /// Runs one block for each sequence and leaves their states, behind the final norm, in memory.
+    fn run_blocks(&mut self, context: &mut ProposeContext<'_>) -> Result<(), NnError> {
         let commands = &mut *context.commands;
         let memory = &self.memory;
         let block = self.config.block_size;
-        let width = sequence.width.min(block - 1);
-        let Some(anchor) = sequence.tokens.last() else { return Ok(Proposal::Host(vec![Vec::new()])) };
-        let position = sequence.tokens.len() as u32 - 1;
-        let mut ids = vec![self.config.mask_token; block as usize];
-        ids[0] = *anchor;
-        self.device.write(&memory.block, 0, &ids)?;
-        let positions: Vec<u32> = (position..position + block).collect();
-        self.device.write(&memory.block_positions, 0, &positions)?;
-
+        let blocks = context.sequences.len() as u32;
+        if blocks > memory.max_blocks {
+            return Err(NnError::Shape(format!("{blocks} sequences in a step, at most {}", memory.max_blocks)));
+        }
+        let (mut ids, mut positions) = (Vec::new(), Vec::new());
         let mut batch = BatchLayout::new(self.page_size, self.pool_pages);
-        let pages = self.pages(sequence.pages, position + block).map_err(|error| NnError::Shape(error.to_string()))?;
-        batch.push(block, position + block, pages);
+        for sequence in context.sequences {
+            let Some(anchor) = sequence.tokens.last() else {
+                return Err(NnError::Shape(format!("sequence {} has no tokens", sequence.id)));
+            };
+            let position = sequence.tokens.len() as u32 - 1;
+            ids.push(*anchor);
+            ids.resize(ids.len() + block as usize - 1, self.config.mask_token);
+            positions.extend(position..position + block);
+            let pages = self.pages(sequence.pages, position + block);
+            batch.push(block, position + block, pages.map_err(|error| NnError::Shape(error.to_string()))?);
+        }
+        self.device.write(&memory.block, 0, &ids)?;
+        self.device.write(&memory.block_positions, 0, &positions)?;
         let plans = self.plans(&batch)?;
-        let lent = |error: ProposerError| NnError::Shape(error.to_string());
-        context.target.embed(commands, memory.block.whole(), block, memory.hidden.whole()).map_err(lent)?;
+        let rows = blocks * block;
+        context.target.embed(commands, memory.block.whole(), rows, memory.hidden.whole()).map_err(lent)?;
         for state in &self.layers {
             let attention = LayerAttention {
                 kernel: self.kernels[state.kind].as_ref(),
@@ -314,18 +347,116 @@ impl DFlashDrafter {
                 k_cache: &state.k_cache,
                 v_cache: &state.v_cache,
             };
-            let rows = Rows { count: block, positions: memory.block_positions.whole(), rope: &self.rope };
+            let rows = Rows { count: rows, positions: memory.block_positions.whole(), rope: &self.rope };
             state.layer.forward(commands, &memory.hidden, rows, &attention, &memory.layer)?;
         }
         let norm = Norm { weight: &self.norm, eps: self.shape.eps };
-        ops::rms_norm(commands, memory.hidden.whole(), norm, block, memory.normed.whole())?;
-        // The masks were read by the embedding, so the drafted ids may take their place behind the anchor. Rows beyond
-        // what is verified shape the block, but nobody asks for their tokens.
-        context
-            .target
-            .head_argmax(commands, memory.normed.whole(), width + 1, 1, memory.block.whole())
-            .map_err(lent)?;
-        Ok(Proposal::Device { ids: memory.block.clone(), stride: block, counts: vec![width] })
+        Ok(ops::rms_norm(commands, memory.hidden.whole(), norm, rows, memory.normed.whole())?)
+    }
+
+    /// The most likely id of each wanted slot, on the device. Rows beyond what is verified shape the block, but nobody
+    /// asks for their tokens.
+    fn most_likely(&self, context: &mut ProposeContext<'_>, widths: &[u32]) -> Result<Proposal, NnError> {
+        let commands = &mut *context.commands;
+        let (memory, block) = (&self.memory, self.config.block_size);
+        if let [width] = *widths {
+            // The masks were read by the embedding, so the drafted ids may take their place behind the anchor.
+            let (hidden, ids) = (memory.normed.whole(), memory.block.whole());
+            context.target.head_argmax(commands, hidden, width + 1, 1, ids).map_err(lent)?;
+            return Ok(Proposal::Device { ids: memory.block.clone(), stride: block, counts: vec![width] });
+        }
+        let rows = self.gather_head_rows(commands, widths)?;
+        context.target.head_argmax(commands, memory.head_rows.whole(), rows, 0, memory.best.whole()).map_err(lent)?;
+        let (mut sources, mut next) = (Vec::new(), 0);
+        for (sequence, width) in context.sequences.iter().zip(widths) {
+            sources.extend(sequence.tokens.last().map(|anchor| ops::given_id(*anchor)));
+            sources.extend(next..next + width);
+            sources.resize(sources.len().next_multiple_of(block as usize), ops::given_id(0));
+            next += width;
+        }
+        self.device.write(&memory.sources, 0, &sources)?;
+        let (best, from, to) = (memory.best.whole(), memory.sources.whole(), memory.drafted.whole());
+        ops::gather_ids(commands, best, from, sources.len() as u32, to)?;
+        Ok(Proposal::Device { ids: memory.drafted.clone(), stride: block, counts: widths.to_vec() })
+    }
+
+    /// The states of the slots that are wanted, one behind the other. Answers how many.
+    fn gather_head_rows(&self, commands: &mut Commands, widths: &[u32]) -> Result<u32, NnError> {
+        let (memory, block) = (&self.memory, self.config.block_size);
+        let places: Vec<u32> = (0..)
+            .zip(widths)
+            .flat_map(|(sequence, width)| (1..=*width).map(move |slot| sequence * block + slot))
+            .collect();
+        self.device.write(&memory.head_places, 0, &places)?;
+        let (from, places_of, to) = (memory.normed.whole(), memory.head_places.whole(), memory.head_rows.whole());
+        ops::gather_rows(commands, from, self.shape.hidden_size, places_of, places.len() as u32, to)?;
+        Ok(places.len() as u32)
+    }
+
+    /// What the head thinks likely in each wanted slot.
+    fn marginals(
+        &self,
+        context: &mut ProposeContext<'_>,
+        widths: &[u32],
+        tree: TreeWish<'_>,
+    ) -> Result<Vec<Marginals>, NnError> {
+        let commands = &mut *context.commands;
+        let rows = self.gather_head_rows(commands, widths)?;
+        let k = tree.candidates.clamp(1, self.vocab);
+        let bytes = u64::from(rows * k).max(1) * 4;
+        let ids = self.device.alloc(bytes, "candidates")?;
+        let logs = self.device.alloc(bytes, "log-probabilities of candidates")?;
+        let hidden = self.memory.head_rows.whole();
+        context.target.head_top_k(commands, hidden, rows, k, ids.whole(), logs.whole()).map_err(lent)?;
+        let (ids, logs) = (commands.read_back(ids.whole())?, commands.read_back(logs.whole())?);
+        commands.flush()?;
+        let (ids, logs) = (ids.wait_as::<u32>()?, logs.wait_as::<f32>()?);
+        let mut slots = ids.chunks(k as usize).zip(logs.chunks(k as usize)).map(|(ids, logs)| {
+            let of = |(id, log): (&u32, &f32)| Candidate { id: *id, log_probability: f64::from(*log) };
+            ids.iter().zip(logs).filter(|(id, _)| **id < self.vocab).map(of).collect()
+        });
+        Ok(widths.iter().map(|width| Marginals { slots: slots.by_ref().take(*width as usize).collect() }).collect())
+    }
+
+    /// Tokens drawn from the head's distribution in each wanted slot, with that distribution; the most likely where a
+    /// sequence wants those.
+    fn drawn(&self, context: &mut ProposeContext<'_>, widths: &[u32]) -> Result<Vec<Draft>, NnError> {
+        let commands = &mut *context.commands;
+        let rows = self.gather_head_rows(commands, widths)?;
+        let logits = self.device.alloc(u64::from(rows) * u64::from(self.vocab) * 4, "draft logits")?;
+        context.target.head_logits(commands, self.memory.head_rows.whole(), rows, logits.whole()).map_err(lent)?;
+        let logits = commands.read_back(logits.whole())?;
+        commands.flush()?;
+        let logits = logits.wait_as::<f32>()?;
+        let mut rows = logits.chunks(self.vocab as usize);
+        let drafts = context.sequences.iter().zip(widths).map(|(sequence, width)| {
+            let likeliest = Sampling::default();
+            let sampling = sequence.sampling.unwrap_or(&likeliest);
+            let mut draft = Draft::default();
+            for (row, position) in rows.by_ref().take(*width as usize).zip(sequence.tokens.len() as u64..) {
+                let from = sampling.distribution(row, &[sequence.tokens]);
+                draft.tokens.push(from.draw(sampling.noise(position, Purpose::Draft)));
+                draft.drawn_from.extend(sequence.sampling.is_some().then_some(from));
+            }
+            draft
+        });
+        Ok(drafts.collect())
+    }
+
+    fn draft(&mut self, context: &mut ProposeContext<'_>) -> Result<Proposal, NnError> {
+        let widths: Vec<u32> =
+            context.sequences.iter().map(|sequence| sequence.width.min(self.config.block_size - 1)).collect();
+        if widths.iter().all(|width| *width == 0) {
+            return Ok(Proposal::Host(vec![Draft::default(); widths.len()]));
+        }
+        self.run_blocks(context)?;
+        match context.tree {
+            Some(tree) => Ok(Proposal::Marginals(self.marginals(context, &widths, tree)?)),
+            None if context.sequences.iter().any(|sequence| sequence.sampling.is_some()) => {
+                Ok(Proposal::Host(self.drawn(context, &widths)?))
+            }
+            None => self.most_likely(context, &widths),
+        }
     }
 }
 
@@ -342,18 +473,21 @@ impl Drafter for DFlashDrafter {
         self.max_tokens().min(if self.device.is_cpu() { DEFAULT_TOKENS_ON_CPU } else { DEFAULT_TOKENS })
     }
 
+    fn reuse(&self) -> PrefixReuse {
+        PrefixReuse::Pages
+    }
+
     fn propose(&mut self, context: &mut ProposeContext<'_>) -> Result<Proposal, ProposerError> {
-        match context.sequences {
-            [only] => self.draft(context, only).map_err(from_nn),
-            several => {
-                Err(ProposerError::Unsupported(format!("dflash drafts one sequence a step, not {}", several.len())))
-            }
-        }
+        self.draft(context).map_err(from_nn)
     }
 
     fn commit(&mut self, outcome: &mut Outcome<'_>) -> Result<(), ProposerError> {
         self.inject(outcome).map_err(from_nn)
     }
+}
+
+fn lent(error: ProposerError) -> NnError {
+    NnError::Shape(error.to_string())
 }
 
 fn from_nn(error: NnError) -> ProposerError {

@@ -29,7 +29,7 @@ impl Proposer for DFlash {
 
     fn requirements(&self) -> &ProposerRequirements {
         const NEEDS: ProposerRequirements =
-            ProposerRequirements::none().taps().checkpoint().draft_attention().non_causal();
+            ProposerRequirements::none().taps().checkpoint().draft_attention().non_causal().drafts_trees();
         &NEEDS
     }
 

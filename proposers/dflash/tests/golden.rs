@@ -113,7 +113,7 @@ fn check_on(device: &Device, case: &str, target_layers: u32, tolerance: f32) {
         .map(|layer| {
             assert_eq!((layer.problem.role, layer.problem.phase), (Role::Draft, Phase::Draft));
             let kernel = layer.backend.prepare(device, &layer.problem).unwrap();
-            DraftAttention { layer: Arc::clone(&layer.problem.layer), kernel }
+            DraftAttention::new(Arc::clone(&layer.problem.layer), kernel)
         })
         .collect();
     let mut context = LoadContext::new(device, &target, draft_config);
@@ -148,8 +148,11 @@ fn check_on(device: &Device, case: &str, target_layers: u32, tolerance: f32) {
         let taps = device.upload(&[vec![f32::NAN; pad], features].concat(), "taps").unwrap();
         let first_row = u32::from(pad > 0);
         let mut commands = device.commands().unwrap();
-        let committed = [CommittedRows { id: 0, first_row, rows: rows as u32, position: first, pages: &PAGES }];
-        drafter.commit(&mut Outcome::new(&mut commands, &committed, Some(&taps))).unwrap();
+        let mut tokens = vec![0; position as usize];
+        tokens.push(golden.ids(&name("anchor"))[0]);
+        let places: Vec<u32> = (first_row..first_row + rows as u32).collect();
+        let committed = [CommittedRows::new(0, &places, first, &tokens, &PAGES)];
+        drafter.commit(&mut Outcome::new(&mut commands, &committed, Some(&taps), &lender)).unwrap();
         let _ = commands.submit().unwrap();
 
         let kv: Vec<f32> = device.download(drafter.stages().context).unwrap();
@@ -164,10 +167,8 @@ fn check_on(device: &Device, case: &str, target_layers: u32, tolerance: f32) {
             }
         }
 
-        let mut tokens = vec![0; position as usize];
-        tokens.push(golden.ids(&name("anchor"))[0]);
         let mut commands = device.commands().unwrap();
-        let sequences = [DraftSequence { id: 0, tokens: &tokens, width: block - 1, pages: &PAGES }];
+        let sequences = [DraftSequence::new(0, &tokens, block - 1, &PAGES)];
         let proposal = drafter.propose(&mut ProposeContext::new(&mut commands, &sequences, &lender)).unwrap();
         let _ = commands.submit().unwrap();
         let Proposal::Device { ids, counts, .. } = proposal else { panic!("not on the device") };

@@ -10,8 +10,8 @@
 #![forbid(unsafe_code)]
 
 use polyattn_api::{
-    Drafter, LoadContext, Outcome, Proposal, ProposeContext, Proposer, ProposerError, ProposerRequirements, TapSpec,
-    register_proposer,
+    Draft, Drafter, LoadContext, Outcome, PrefixReuse, Proposal, ProposeContext, Proposer, ProposerError,
+    ProposerRequirements, TapSpec, register_proposer,
 };
 
 /// Tokens of the shortest suffix that counts as a match.
@@ -35,7 +35,7 @@ impl Proposer for NGram {
     }
 
     fn requirements(&self) -> &ProposerRequirements {
-        const NEEDS: ProposerRequirements = ProposerRequirements::none();
+        const NEEDS: ProposerRequirements = ProposerRequirements::none().drafts_trees();
         &NEEDS
     }
 
@@ -63,8 +63,18 @@ impl Drafter for Lookup {
         DEFAULT_TOKENS
     }
 
+    fn reuse(&self) -> PrefixReuse {
+        PrefixReuse::Pages
+    }
+
     fn propose(&mut self, context: &mut ProposeContext<'_>) -> Result<Proposal, ProposerError> {
-        let drafts = context.sequences.iter().map(|sequence| draft(sequence.tokens, sequence.width as usize).to_vec());
+        let drafts = context.sequences.iter().map(|sequence| {
+            let most = sequence.width as usize;
+            match context.tree {
+                None => draft(sequence.tokens, most).to_vec().into(),
+                Some(tree) => draft_tree(sequence.tokens, most, tree.nodes as usize),
+            }
+        });
         Ok(Proposal::Host(drafts.collect()))
     }
 
@@ -93,11 +103,62 @@ pub fn draft(tokens: &[u32], most: usize) -> &[u32] {
     draft
 }
 
+/// The tree of what stood behind every earlier occurrence of the longest matching suffix, `most` tokens each: the most
+/// recent occurrence first, until the tree has `nodes` nodes. Its first path is the [`draft`].
+#[must_use]
+pub fn draft_tree(tokens: &[u32], most: usize, nodes: usize) -> Draft {
+    let mut tree = Draft::default();
+    let mut longest = 0;
+    // Ends of the occurrences, the most recent first.
+    let mut ends: Vec<usize> = Vec::new();
+    for end in (1..tokens.len()).rev() {
+        let length =
+            tokens[..end].iter().rev().zip(tokens.iter().rev()).take(MAX_MATCH).take_while(|(a, b)| a == b).count();
+        if length < MIN_MATCH.max(longest) {
+            continue;
+        }
+        if length > longest {
+            ends.clear();
+        }
+        longest = length;
+        ends.push(end);
+    }
+    for end in ends {
+        let mut at = None;
+        for token in &tokens[end..tokens.len().min(end + most)] {
+            let known = tree.children(at).find(|child| tree.tokens[*child as usize] == *token);
+            at = match known {
+                Some(child) => Some(child),
+                None if tree.len() < nodes => {
+                    tree.tokens.push(*token);
+                    tree.parents.push(at);
+                    Some(tree.len() as u32 - 1)
+                }
+                None => break,
+            };
+        }
+    }
+    tree
+}
+
 #[cfg(test)]
 mod tests {
     use polyattn_api::Registry;
 
-    use super::draft;
+    use super::{draft, draft_tree};
+
+    #[test]
+    fn a_tree_joins_the_occurrences() {
+        // [1, 2] was followed by [3, 4], then by [3, 5], then by [6, 1].
+        let text = [1, 2, 3, 4, 1, 2, 3, 5, 1, 2, 6, 1, 2];
+        let tree = draft_tree(&text, 2, 8);
+        assert_eq!(tree.tokens, [6, 1, 3, 5, 4]);
+        assert_eq!(tree.parents, [None, Some(0), None, Some(2), Some(2)]);
+        assert_eq!(draft_tree(&text, 2, 3).tokens, [6, 1, 3]);
+        assert_eq!(draft_tree(&text, 2, 2).tokens, draft(&text, 2));
+        assert!(draft_tree(&[1, 2, 3], 4, 8).is_empty());
+        assert!(draft_tree(&[], 4, 8).is_empty() && draft_tree(&text, 0, 8).is_empty());
+    }
 
     #[test]
     fn known_answers() {

@@ -171,7 +171,7 @@ impl Drafter for TiredDrafter {
         self.calls += 1;
         assert!(self.calls < 3, "no ideas left");
         Ok(Proposal::Host(
-            context.sequences.iter().map(|one| one.tokens.last().copied().into_iter().collect()).collect(),
+            context.sequences.iter().map(|one| Vec::from_iter(one.tokens.last().copied()).into()).collect(),
         ))
     }
 

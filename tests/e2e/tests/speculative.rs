@@ -78,7 +78,7 @@ fn drafts_do_not_change_sampled_tokens() {
     let device = Device::cpu();
     let mut request = Request::new(PROMPT.to_vec(), 30);
     request.stop = Some(Vec::new());
-    request.sampling = Sampling { temperature: 0.8, top_k: Some(20), top_p: 0.95, seed: 11 };
+    request.sampling = Sampling { temperature: 0.8, top_k: Some(20), top_p: 0.95, seed: 11, ..Sampling::default() };
     let run = |speculative| {
         let mut engine = engine(&source, &device, &options(speculative));
         engine.generate(&request, &mut |_| ControlFlow::Continue(())).unwrap().tokens

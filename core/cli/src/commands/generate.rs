@@ -195,8 +195,13 @@ pub(crate) fn run(args: Args, context: &Context) -> Ended {
     }
 
     let mut request = Request::new(prompt, options.max_tokens);
-    request.sampling =
-        Sampling { temperature: options.temperature, top_k: options.top_k, top_p: options.top_p, seed: options.seed };
+    request.sampling = Sampling {
+        temperature: options.temperature,
+        top_k: options.top_k,
+        top_p: options.top_p,
+        seed: options.seed,
+        ..Sampling::default()
+    };
     let mut words = Words { detokenizer: tokenizer.detokenizer(), silent: context.json, fault: None };
     let interrupted = interrupt::flag();
     let generation = engine.generate(&request, &mut |tokens| {

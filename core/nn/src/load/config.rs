@@ -3,6 +3,7 @@
 use std::f64::consts::TAU;
 use std::path::{Path, PathBuf};
 
+use polyattn_api::{LayerConfig, WindowConfig};
 use serde_json::{Map, Value};
 
 use super::gguf::{Gguf, GgufValue, excerpt};
@@ -506,6 +507,28 @@ impl DecoderConfig {
             }
         }
         Ok(())
+    }
+
+    /// The kinds of its attention layers, as the selector sees them, and for each layer the place of its kind.
+    #[must_use]
+    pub fn attention_layers(&self) -> (Vec<LayerConfig>, Vec<usize>) {
+        let mut windows: Vec<Option<u32>> = Vec::new();
+        let mut kinds: Vec<LayerConfig> = Vec::new();
+        let mut places = Vec::new();
+        for layer in 0..self.layers {
+            let window = self.window(layer);
+            let place = windows.iter().position(|other| *other == window).unwrap_or_else(|| {
+                let name = window.map_or("full".to_owned(), |keys| format!("sliding-{keys}"));
+                let mut kind = LayerConfig::gqa(name, 0, self.query_heads, self.kv_heads, self.head_dim);
+                kind.window = window.map(WindowConfig::Keys);
+                windows.push(window);
+                kinds.push(kind);
+                kinds.len() - 1
+            });
+            kinds[place].count += 1;
+            places.push(place);
+        }
+        (kinds, places)
     }
 
     /// The number of keys that a query of `layer` sees, its own included, or `None` for all.

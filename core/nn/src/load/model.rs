@@ -2,11 +2,14 @@
 
 use std::path::{Path, PathBuf};
 
+use polyattn_device::DType;
 use sha2::{Digest, Sha256};
 
 use super::gguf::Gguf;
 use super::map::{read_json_object, read_text};
-use super::{ChatTemplate, Checkpoint, CheckpointFormat, DecoderConfig, LoadError, TextTokenizer};
+use super::{
+    ChatTemplate, Checkpoint, CheckpointFormat, DecoderConfig, LoadError, StoredType, TextTokenizer, WeightName,
+};
 
 /// How many bytes of each end of each tensor the fingerprint covers.
 const SAMPLE: usize = 4096;
@@ -33,6 +36,18 @@ pub struct ModelSource {
 }
 
 impl ModelSource {
+    /// The format of queries and cache: f32 for a model of f32 weights, otherwise f16.
+    ///
+    /// # Errors
+    /// A checkpoint without an embedding.
+    pub fn activation_dtype(&self) -> Result<DType, LoadError> {
+        let name = WeightName::TokenEmbedding.in_format(self.checkpoint.format());
+        Ok(match self.checkpoint.dtype(&name)? {
+            StoredType::F32 => DType::F32,
+            _ => DType::F16,
+        })
+    }
+
     /// Opens a GGUF file, or a Hugging Face folder with `config.json`, `tokenizer.json` and
     /// `*.safetensors`.
     ///

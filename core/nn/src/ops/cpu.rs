@@ -1,6 +1,6 @@
 //! Operations on the CPU.
 
-use std::{cell::RefCell, ops::Range};
+use std::{cell::RefCell, cmp::Ordering, ops::Range};
 
 use bytemuck::Pod;
 use half::{bf16, f16};
@@ -346,6 +346,58 @@ pub(super) fn argmax(
     write!(ids, u32, ids, rows.end as usize);
     let skipped = rows.start as usize;
     logits[skipped * cols..].par_chunks_exact(cols).zip(&mut ids[skipped..]).for_each(|(row, id)| *id = largest(row));
+    Ok(())
+}
+
+pub(super) fn top_k(
+    logits: BufferSlice<'_>,
+    rows: u32,
+    cols: u32,
+    k: u32,
+    ids: BufferSlice<'_>,
+    log_probabilities: BufferSlice<'_>,
+) -> Result<(), OpError> {
+    let (rows, cols, k) = (rows as usize, cols as usize, k as usize);
+    read!(logits, f32, logits, rows * cols);
+    write!(ids, u32, ids, rows * k);
+    write!(logs, f32, log_probabilities, rows * k);
+    let chosen = ids.par_chunks_exact_mut(k).zip(logs.par_chunks_exact_mut(k));
+    logits.par_chunks_exact(cols).zip(chosen).for_each(|(row, (ids, logs))| {
+        let mut ranked: Vec<(u32, f32)> = (0..).zip(row).filter(|(_, x)| !x.is_nan()).map(|(id, x)| (id, *x)).collect();
+        // −0 and 0 are equal.
+        let falling =
+            |a: &(u32, f32), b: &(u32, f32)| b.1.partial_cmp(&a.1).unwrap_or(Ordering::Equal).then(a.0.cmp(&b.0));
+        if ranked.len() > k {
+            ranked.select_nth_unstable_by(k - 1, falling);
+        }
+        let largest = ranked.iter().map(|(_, x)| *x).fold(f32::NEG_INFINITY, f32::max);
+        let shares = row.iter().filter(|x| !x.is_nan()).map(|x| f64::from((x - largest).exp()));
+        let total = shares.sum::<f64>().ln() as f32;
+        ranked.truncate(k);
+        ranked.sort_unstable_by(falling);
+        for (place, (id, log)) in ids.iter_mut().zip(logs).enumerate() {
+            (*id, *log) = match ranked.get(place) {
+                Some((chosen, x)) => (*chosen, x - largest - total),
+                None => (u32::MAX, f32::NEG_INFINITY),
+            };
+        }
+    });
+    Ok(())
+}
+
+pub(super) fn gather_ids(
+    ids: BufferSlice<'_>,
+    held: u32,
+    sources: BufferSlice<'_>,
+    rows: u32,
+    out: BufferSlice<'_>,
+) -> Result<(), OpError> {
+    read!(ids, u32, ids, held as usize);
+    read!(sources, u32, sources, rows as usize);
+    write!(out, u32, out, rows as usize);
+    for (out, source) in out.iter_mut().zip(sources) {
+        *out = if source >> 31 == 1 { source & (u32::MAX >> 1) } else { ids[(*source).min(held - 1) as usize] };
+    }
     Ok(())
 }
 

@@ -330,6 +330,37 @@ pub(super) fn argmax(
     Ok(commands.dispatch(&pipeline, &[logits, ids], bytemuck::bytes_of(&[rows.start, rows.end, cols]), workgroups)?)
 }
 
+pub(super) fn top_k(
+    commands: &mut Commands,
+    logits: BufferSlice<'_>,
+    rows: u32,
+    cols: u32,
+    k: u32,
+    ids: BufferSlice<'_>,
+    log_probabilities: BufferSlice<'_>,
+) -> Result<(), OpError> {
+    let limits = &commands.device().facts().limits;
+    let allowed = limits.workgroup_invocations.min(limits.workgroup_bytes / 12).clamp(1, 256);
+    let workgroup = 1 << allowed.ilog2();
+    let pipeline = pipeline(commands, "top k", u64::from(workgroup), || shader::top_k(workgroup))?;
+    let workgroups = spread(commands, rows.into())?;
+    let slices = [logits, ids, log_probabilities];
+    Ok(commands.dispatch(&pipeline, &slices, bytemuck::bytes_of(&[rows, cols, k]), workgroups)?)
+}
+
+pub(super) fn gather_ids(
+    commands: &mut Commands,
+    ids: BufferSlice<'_>,
+    held: u32,
+    sources: BufferSlice<'_>,
+    rows: u32,
+    out: BufferSlice<'_>,
+) -> Result<(), OpError> {
+    let pipeline = pipeline(commands, "gather ids", 0, shader::gather_ids)?;
+    let workgroups = spread(commands, u64::from(rows.div_ceil(shader::COPIED)))?;
+    Ok(commands.dispatch(&pipeline, &[ids, sources, out], bytemuck::bytes_of(&[rows, held]), workgroups)?)
+}
+
 pub(super) fn gather_rows(
     commands: &mut Commands,
     x: BufferSlice<'_>,

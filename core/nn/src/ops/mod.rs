@@ -356,6 +356,72 @@ pub fn argmax(
     }
 }
 
+/// The `k` largest elements of each of `rows` rows, largest first: their places in `ids` (u32 `[rows, k]`), and in
+/// `log_probabilities` (f32 `[rows, k]`) the logarithms of their shares in the row's softmax, of f32 `logits`
+/// `[rows, cols]`.
+///
+/// Of equal elements the first comes first. NaN takes no part; where a row has fewer numbers than k, the place is
+/// `u32::MAX` and the logarithm −∞.
+///
+/// # Errors
+/// No columns, k of 0 or beyond 1,024, buffers too small for these sizes; the device.
+pub fn top_k(
+    commands: &mut Commands,
+    logits: BufferSlice<'_>,
+    rows: u32,
+    cols: u32,
+    k: u32,
+    ids: BufferSlice<'_>,
+    log_probabilities: BufferSlice<'_>,
+) -> Result<(), OpError> {
+    if cols == 0 || !(1..=1024).contains(&k) {
+        return Err(OpError::Shape(format!("the {k} largest of {cols} elements")));
+    }
+    check_slice("logits", logits, elements("logits", rows, cols)?, 4)?;
+    check_slice("ids of the largest", ids, elements("ids of the largest", rows, k)?, 4)?;
+    check_slice("log-probabilities", log_probabilities, elements("log-probabilities", rows, k)?, 4)?;
+    if rows == 0 {
+        return Ok(());
+    }
+    if commands.device().is_cpu() {
+        cpu::top_k(logits, rows, cols, k, ids, log_probabilities)
+    } else {
+        gpu::top_k(commands, logits, rows, cols, k, ids, log_probabilities)
+    }
+}
+
+/// In [`gather_ids`], a source that is the id itself.
+#[must_use]
+pub const fn given_id(id: u32) -> u32 {
+    id | 1 << 31
+}
+
+/// Fetches ids, u32: `out[r] = ids[sources[r]]`, or the id itself where the source is a [`given_id`]. `ids` holds as many
+/// as fit into its range; an index beyond is taken as the last.
+///
+/// # Errors
+/// No id, buffers too small for these sizes; the device.
+pub fn gather_ids(
+    commands: &mut Commands,
+    ids: BufferSlice<'_>,
+    sources: BufferSlice<'_>,
+    rows: u32,
+    out: BufferSlice<'_>,
+) -> Result<(), OpError> {
+    check_slice("sources", sources, u64::from(rows), 4)?;
+    check_slice("fetched ids", out, u64::from(rows), 4)?;
+    check_slice("ids to fetch from", ids, 1, 4)?;
+    if rows == 0 {
+        return Ok(());
+    }
+    let held = u32::try_from(ids.bytes() / 4).unwrap_or(u32::MAX);
+    if commands.device().is_cpu() {
+        cpu::gather_ids(ids, held, sources, rows, out)
+    } else {
+        gpu::gather_ids(commands, ids, held, sources, rows, out)
+    }
+}
+
 /// `product = x · weightᵀ` by the `gemm` crate on all threads of the CPU, f32 `[rows, cols] · [outputs, cols]ᵀ`: what
 /// products of many rows are built on, and so the ceiling that they are measured against. Slices of other lengths leave
 /// `product` as it is.

@@ -268,6 +268,19 @@ pub(super) fn argmax(aligned: bool, workgroup: u32) -> Source {
     Source { text, bindings: vec![Read, ReadWrite], immediate_bytes: 12 }
 }
 
+/// The kernel of the largest elements; `workgroup` is a power of two.
+pub(super) fn top_k(workgroup: u32) -> Source {
+    let mut text = String::new();
+    expand(include_str!("top_k.wgsl"), &[("WORKGROUP", workgroup.to_string())], &mut text);
+    Source { text, bindings: vec![Read, ReadWrite, ReadWrite], immediate_bytes: 12 }
+}
+
+/// The kernel that fetches ids.
+pub(super) fn gather_ids() -> Source {
+    let text = include_str!("gather_ids.wgsl").to_owned();
+    Source { text, bindings: vec![Read, Read, ReadWrite], immediate_bytes: 8 }
+}
+
 /// The kernel that fetches rows.
 pub(super) fn gather_rows() -> Source {
     let text = include_str!("gather_rows.wgsl").to_owned();
@@ -445,6 +458,8 @@ mod tests {
             translates("embed", &super::embed(dtype));
         }
         translates("rms_norm", &super::rms_norm());
+        translates("top_k", &super::top_k(256));
+        translates("gather_ids", &super::gather_ids());
         translates("gather_rows", &super::gather_rows());
         translates("copy_columns", &super::copy_columns());
         translates("add_silu", &super::add_silu());

@@ -20,15 +20,21 @@ pub(super) fn requirements_are_honest(bench: &Bench) -> Result<(), Failure> {
     }
     let drive = stage.drafter()?;
     let drafter = &drive.drafter;
-    let taps = &drafter.taps().layers;
+    let taps = drafter.taps();
     let layers = stage.ground.facts.layers;
-    if needs.taps == taps.is_empty() {
+    if needs.taps == taps.layers.is_empty() {
         return Err(Failure::new(format!(
-            "requirements() says taps: {}, the drafter taps layers {taps:?}",
-            needs.taps
+            "requirements() says taps: {}, the drafter taps layers {:?}",
+            needs.taps, taps.layers
         )));
     }
-    if let Some(tap) = taps.iter().find(|tap| **tap >= layers) {
+    if needs.last_hidden != taps.last_hidden {
+        return Err(Failure::new(format!(
+            "requirements() says last_hidden: {}, the drafter's taps say {}",
+            needs.last_hidden, taps.last_hidden
+        )));
+    }
+    if let Some(tap) = taps.layers.iter().find(|tap| **tap >= layers) {
         return Err(Failure::new(format!("it taps layer {tap} of a target of {layers} layers")));
     }
     let (most, usual) = (drafter.max_tokens(), drafter.default_tokens());
@@ -192,7 +198,7 @@ pub(super) fn what_cannot_be_loaded_is_an_error(bench: &Bench) -> Result<(), Fai
     }
     if let Some(checkpoint) = &stage.ground.checkpoint {
         let TargetFacts { layers, hidden_size, vocab_size, context_length, .. } = *facts;
-        if needs.taps {
+        if needs.taps || needs.last_hidden {
             let wide = TargetFacts::new(layers, hidden_size * 2, vocab_size, context_length);
             refuses(&stage, checkpoint, &wide, "a target twice as wide")?;
         }

@@ -236,8 +236,8 @@ pub(super) fn hidden_states_matter(bench: &Bench) -> Result<(), Failure> {
             return Ok(());
         }
     }
-    let taps = &drive.drafter.taps().layers;
-    Err(Failure::new(format!("it taps layers {taps:?}, but other hidden states change none of 6 drafts")))
+    let taps = drive.drafter.taps();
+    Err(Failure::new(format!("it taps {taps:?}, but other hidden states change none of 6 drafts")))
 }
 
 /// What an engine would never send is an error or has no effect, and no panic; and it is never taken for an answer.
@@ -246,7 +246,7 @@ pub(super) fn nonsense_is_an_error(bench: &Bench) -> Result<(), Failure> {
     let mut drive = stage.drafter()?;
     let text = stage.text(0, PROMPT, 50);
     let width = drive.width();
-    if !drive.drafter.taps().layers.is_empty() && drive.try_commit(&[Part::all(&text)], false).is_ok() {
+    if !drive.drafter.taps().is_empty() && drive.try_commit(&[Part::all(&text)], false).is_ok() {
         return Err(Failure::new("it needs hidden states and is content with a commit that has none"));
     }
     drop(drive);

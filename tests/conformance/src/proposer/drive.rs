@@ -107,7 +107,7 @@ impl<'a> Stage<'a> {
         for layer in &resolution.draft {
             let problem = layer.problem.clone().page_size(PAGE);
             let kernel = layer.backend.prepare(&bench.device, &problem).map_err(failed)?;
-            attention.push(DraftAttention { layer: Arc::clone(&problem.layer), kernel });
+            attention.push(DraftAttention::new(Arc::clone(&problem.layer), kernel));
         }
         let config = resolution.draft_config.unwrap_or(config);
         Ok(Self { bench, ground, decoder: ground.decoder()?, config, attention })
@@ -176,8 +176,8 @@ impl Drive<'_> {
 
     /// The same with the drafter's own error, and perhaps without the taps it needs.
     pub(super) fn try_commit(&mut self, parts: &[Part<'_>], with_taps: bool) -> Result<(), ProposerError> {
-        let width = self.drafter.taps().layers.len() * self.stage.ground.facts.hidden_size as usize;
-        let (mut taps, mut committed, mut row) = (Vec::new(), Vec::new(), 0);
+        let width = self.drafter.taps().count() * self.stage.ground.facts.hidden_size as usize;
+        let (mut taps, mut places, mut row) = (Vec::new(), Vec::new(), 0);
         for Part { text, from, rows, before, rejected } in parts {
             // Rows of nobody: they must not matter, so they may hold anything.
             let others = (0..*before).flat_map(|place| text.states(1_000_000 + place, 0, width));
@@ -188,15 +188,16 @@ impl Drive<'_> {
             for (position, token) in (from + rows..).zip(*rejected) {
                 taps.extend(text.states(position, *token, width));
             }
-            let pages = &text.pages[..];
-            let first_row = row + before;
-            committed.push(CommittedRows { id: text.id, first_row, rows: *rows, position: *from, pages });
+            places.push((row + before..row + before + rows).collect::<Vec<u32>>());
             row += before + rows + rejected.len() as u32;
         }
+        let of = |(Part { text, from, .. }, rows)| CommittedRows::new(text.id, rows, *from, &text.tokens, &text.pages);
+        let committed: Vec<_> = parts.iter().zip(&places).map(of).collect();
         let device = self.stage.device();
         let taps = if width > 0 && with_taps { Some(device.upload(&taps, "made-up taps")?) } else { None };
         let mut commands = device.commands()?;
-        self.drafter.commit(&mut Outcome::new(&mut commands, &committed, taps.as_ref()))?;
+        let lent = Lent { decoder: &self.stage.decoder, asked: RefCell::default() };
+        self.drafter.commit(&mut Outcome::new(&mut commands, &committed, taps.as_ref(), &lent))?;
         let _ = commands.submit()?;
         Ok(())
     }
@@ -215,17 +216,15 @@ impl Drive<'_> {
     /// The same with the drafter's own error.
     pub(super) fn try_propose(&mut self, wanted: &[(&Text, u32)]) -> Result<Drafts, ProposerError> {
         let device = self.stage.device();
-        let sequences: Vec<_> = wanted
-            .iter()
-            .map(|(text, width)| DraftSequence { id: text.id, tokens: &text.tokens, width: *width, pages: &text.pages })
-            .collect();
+        let sequences: Vec<_> =
+            wanted.iter().map(|(text, width)| DraftSequence::new(text.id, &text.tokens, *width, &text.pages)).collect();
         let lent = Lent { decoder: &self.stage.decoder, asked: RefCell::default() };
         let mut commands = device.commands()?;
         let proposal = self.drafter.propose(&mut ProposeContext::new(&mut commands, &sequences, &lent))?;
         let ids = match proposal {
-            Proposal::Host(ids) => {
+            Proposal::Host(drafts) => {
                 let _ = commands.submit()?;
-                ids
+                drafts.into_iter().map(|draft| draft.tokens).collect()
             }
             Proposal::Device { ids, stride, counts } => {
                 let readback = commands.read_back(ids.whole())?;
@@ -308,5 +307,34 @@ impl TargetServices for Lent<'_> {
         ops::argmax(commands, logits.whole(), first..rows, vocab, ids).map_err(refused)?;
         self.asked.borrow_mut().push((rows, first, commands.read_back(logits.whole())?));
         Ok(())
+    }
+
+    fn head_logits(
+        &self,
+        commands: &mut Commands,
+        hidden: BufferSlice<'_>,
+        rows: u32,
+        logits: BufferSlice<'_>,
+    ) -> Result<(), ProposerError> {
+        self.decoder.logits(commands, hidden, rows, true, logits).map_err(refused)?;
+        let vocab = u64::from(self.decoder.config().vocab_size);
+        let held = logits.buffer().slice(logits.offset(), u64::from(rows) * vocab * 4)?;
+        self.asked.borrow_mut().push((rows, 0, commands.read_back(held)?));
+        Ok(())
+    }
+
+    fn head_top_k(
+        &self,
+        commands: &mut Commands,
+        hidden: BufferSlice<'_>,
+        rows: u32,
+        k: u32,
+        ids: BufferSlice<'_>,
+        log_probabilities: BufferSlice<'_>,
+    ) -> Result<(), ProposerError> {
+        let vocab = self.decoder.config().vocab_size;
+        let logits = commands.device().alloc(u64::from(rows) * u64::from(vocab) * 4, "logits of a draft")?;
+        self.head_logits(commands, hidden, rows, logits.whole())?;
+        ops::top_k(commands, logits.whole(), rows, vocab, k, ids, log_probabilities).map_err(refused)
     }
 }

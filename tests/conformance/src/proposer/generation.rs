@@ -105,7 +105,8 @@ pub(super) fn sampled_tokens_are_the_targets(bench: &Bench) -> Result<(), Failur
     let widths = widths(&mut drafting)?;
     for (number, prompt) in ground.prompts.iter().enumerate() {
         let mut request = greedy(prompt, TOKENS);
-        request.sampling = Sampling { temperature: 0.8, top_k: Some(20), top_p: 0.95, seed: number as u64 };
+        request.sampling =
+            Sampling { temperature: 0.8, top_k: Some(20), top_p: 0.95, seed: number as u64, ..Sampling::default() };
         let want = run(&mut plain, &request, "plain sampling")?.tokens;
         for width in &widths {
             set_width(&mut drafting, *width)?;

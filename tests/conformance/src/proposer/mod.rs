@@ -13,7 +13,7 @@ use std::{
     sync::Arc,
 };
 
-use polyattn_api::{Device, RegisteredProposer};
+use polyattn_api::{Device, ProposerRequirements, RegisteredProposer};
 
 use self::subject::Bench;
 pub use self::subject::ProposerSubject;
@@ -99,7 +99,8 @@ pub fn proposer_suite(proposer: &RegisteredProposer, subject: &ProposerSubject, 
     let name = contained(|| proposer.proposer.name()).unwrap_or("a proposer without a name");
     let device = &device.facts().name;
     let subject = subject.name.as_ref().map_or(String::new(), |subject| format!("/{subject}"));
-    let taps = contained(|| proposer.proposer.requirements().taps).unwrap_or(true);
+    let needs = |needs: &ProposerRequirements| needs.taps || needs.last_hidden;
+    let taps = contained(|| needs(proposer.proposer.requirements())).unwrap_or(true);
     CHECKS
         .into_iter()
         .filter(|(check_name, _)| taps || *check_name != OF_TAPS)

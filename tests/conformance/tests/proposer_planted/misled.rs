@@ -69,16 +69,19 @@ impl Drafter for MisledDrafter {
     }
 
     fn commit(&mut self, outcome: &mut Outcome<'_>) -> Result<(), ProposerError> {
-        let mut sequences = outcome.sequences.to_vec();
-        for committed in &mut sequences {
+        let mut rows: Vec<Vec<u32>> = outcome.sequences.iter().map(|committed| committed.rows.to_vec()).collect();
+        for (rows, committed) in rows.iter_mut().zip(outcome.sequences) {
             match self.told {
                 Told::Right | Told::AnotherAnchor => {}
-                Told::TheRowBehind => committed.first_row += u32::from(committed.rows < 20),
-                Told::OneRowTooFew => committed.rows -= u32::from(committed.rows > 1),
+                Told::TheRowBehind if rows.len() < 20 => rows.iter_mut().for_each(|row| *row += 1),
+                Told::TheRowBehind => {}
+                Told::OneRowTooFew => rows.truncate((rows.len() - 1).max(1)),
                 Told::NothingOfTheFirstChunk if committed.position == 0 => return Ok(()),
                 Told::NothingOfTheFirstChunk => {}
             }
         }
-        self.drafter.commit(&mut Outcome::new(outcome.commands, &sequences, outcome.taps))
+        let mut sequences = outcome.sequences.to_vec();
+        sequences.iter_mut().zip(&rows).for_each(|(committed, rows)| committed.rows = rows);
+        self.drafter.commit(&mut Outcome::new(outcome.commands, &sequences, outcome.taps, outcome.target))
     }
 }

@@ -101,7 +101,7 @@ impl Proposer for Remembering {
         Ok(Box::new(Memory {
             fault: self.fault,
             device: context.device.clone(),
-            taps: TapSpec { layers: vec![layer] },
+            taps: TapSpec::of_layers(vec![layer]),
             width: context.target.hidden_size as usize,
             texts: BTreeMap::new(),
             proposed: 0,
@@ -131,15 +131,16 @@ impl Memory {
     }
 
     fn remember(&mut self, committed: &CommittedRows<'_>, taps: &[f32]) -> Result<(), ProposerError> {
-        let accepted = committed.rows;
+        let accepted = committed.count();
+        let first_row = committed.rows.first().copied().unwrap_or(0);
         let verified = self.proposed > 0;
         let (first, rows) = match self.fault {
-            Fault::KeepsRejectedRows if verified => (committed.first_row, self.proposed + 1),
-            Fault::KeepsTheFirstRejectedRow if verified => (committed.first_row, (accepted + 1).min(self.proposed + 1)),
-            Fault::LosesTheLastAcceptedRow if verified => (committed.first_row, accepted - 1),
-            Fault::TakesTheRowBehind => (committed.first_row + 1, accepted),
+            Fault::KeepsRejectedRows if verified => (first_row, self.proposed + 1),
+            Fault::KeepsTheFirstRejectedRow if verified => (first_row, (accepted + 1).min(self.proposed + 1)),
+            Fault::LosesTheLastAcceptedRow if verified => (first_row, accepted - 1),
+            Fault::TakesTheRowBehind => (first_row + 1, accepted),
             Fault::TakesRowsFromTheStartOfTheTaps => (0, accepted),
-            _ => (committed.first_row, accepted),
+            _ => (first_row, accepted),
         };
         self.commits += 1;
         let (fault, width) = (self.fault, self.width);
@@ -227,7 +228,7 @@ impl Drafter for Memory {
                 _ => {}
             }
             self.proposed = drafts.len() as u32;
-            all.push(drafts);
+            all.push(drafts.into());
         }
         Ok(Proposal::Host(all))
     }

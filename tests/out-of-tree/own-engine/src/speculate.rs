@@ -59,7 +59,7 @@ pub fn generate(
         .proposer(proposer)
         .ok_or_else(|| format!("no proposer '{proposer}'; there are: {}", registry.proposer_names()))?;
     let needs = entry.proposer.requirements();
-    if needs.taps || needs.checkpoint || needs.draft_attention {
+    if needs.taps || needs.last_hidden || needs.checkpoint || needs.draft_attention {
         return Err(format!("proposer '{proposer}' needs a model, this engine has tokens alone").into());
     }
     let facts = TargetFacts::new(1, 1, 1 << 16, 1 << 16);
@@ -73,13 +73,14 @@ pub fn generate(
         let mut commands = device.commands()?;
         // Every token but the last, the anchor, has been committed when a draft is asked for.
         let rows = (tokens.len() - 1 - committed) as u32;
-        let accepted = [CommittedRows { id: 0, first_row: 0, rows, position: committed as u32, pages: &[] }];
-        drafter.commit(&mut Outcome::new(&mut commands, &accepted, None))?;
+        let rows: Vec<u32> = (0..rows).collect();
+        let accepted = [CommittedRows::new(0, &rows, committed as u32, &tokens, &[])];
+        drafter.commit(&mut Outcome::new(&mut commands, &accepted, None, &NothingToLend))?;
         committed = tokens.len() - 1;
 
         let room = prompt.len() + count - tokens.len() - 1;
         let width = drafter.max_tokens().min(room as u32);
-        let sequence = [DraftSequence { id: 0, tokens: &tokens, width, pages: &[] }];
+        let sequence = [DraftSequence::new(0, &tokens, width, &[])];
         let proposal = drafter.propose(&mut ProposeContext::new(&mut commands, &sequence, &NothingToLend))?;
         commands.submit()?;
         let Proposal::Host(drafts) = proposal else {
@@ -90,7 +91,7 @@ pub fn generate(
 
         // One pass answers the anchor and every drafted row; a draft holds as far as the target agrees.
         passes += 1;
-        for draft in drafts.into_iter().flatten().map(Some).chain([None]) {
+        for draft in drafts.into_iter().flat_map(|draft| draft.tokens).map(Some).chain([None]) {
             let said = target(&tokens);
             tokens.push(said);
             if draft != Some(said) {
