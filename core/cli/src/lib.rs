@@ -33,7 +33,7 @@
 //! | feature | what it adds |
 //! |---|---|
 //! | `cpu`, `plain`, `flash`, `splitkv` | the attention backend of this name |
-//! | `ngram`, `dflash` | the proposer of this name |
+//! | `ngram`, `suffix`, `draft-model`, `dflash`, `combine` | the proposer of this name |
 //! | `program` | the `polyattn` program, also as a function of a library ([`program`]), and [`models`] |
 //!
 //! All are on by default. An engine that brings plugins of its own turns the default features off, names those it
@@ -57,11 +57,15 @@ mod output;
 pub mod program;
 
 pub use polyattn_api as api;
+#[cfg(feature = "combine")]
+pub use polyattn_combine as combine;
 #[cfg(feature = "cpu")]
 pub use polyattn_cpu as cpu;
 pub use polyattn_device as device;
 #[cfg(feature = "dflash")]
 pub use polyattn_dflash as dflash;
+#[cfg(feature = "draft-model")]
+pub use polyattn_draft_model as draft_model;
 pub use polyattn_engine as engine;
 #[cfg(feature = "flash")]
 pub use polyattn_flash as flash;
@@ -73,3 +77,5 @@ pub use polyattn_plain as plain;
 pub use polyattn_replay as replay;
 #[cfg(feature = "splitkv")]
 pub use polyattn_splitkv as splitkv;
+#[cfg(feature = "suffix")]
+pub use polyattn_suffix as suffix;

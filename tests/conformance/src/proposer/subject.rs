@@ -246,7 +246,8 @@ impl Ground {
         };
         let source = ModelSource::open(&target).map_err(|error| Failure::new(error.to_string()))?;
         let model = &source.config;
-        let facts = TargetFacts::new(model.layers, model.hidden_size, model.vocab_size, model.context_length);
+        let facts = TargetFacts::new(model.layers, model.hidden_size, model.vocab_size, model.context_length)
+            .loaded_from(&target);
         let checkpoint = match &bench.subject.draft {
             DraftModel::None => None,
             DraftModel::At(path) => Some(path.clone()),
