@@ -334,9 +334,14 @@ impl TreeBuilder for Static {
             .iter()
             .flat_map(|path| (1..=path.len().min(depth as usize)).map(|end| path[..end].to_vec()))
             .collect();
-        paths.sort_by(|a, b| a.len().cmp(&b.len()).then_with(|| a.cmp(b)));
+        // The likeliest, as far as ranks tell, are those that stay; a path's beginnings come before it.
+        let unlikely = |path: &[u32]| path.iter().map(|rank| f64::from(*rank) + 1.0).product::<f64>();
+        paths.sort_by(|a, b| {
+            unlikely(a).total_cmp(&unlikely(b)).then_with(|| a.len().cmp(&b.len())).then_with(|| a.cmp(b))
+        });
         paths.dedup();
         paths.truncate(nodes as usize);
+        paths.sort_by(|a, b| a.len().cmp(&b.len()).then_with(|| a.cmp(b)));
         let frontier = if paths.is_empty() { Vec::new() } else { vec![None] };
         Box::new(Fixed { paths, frontier, ..Fixed::default() })
     }
@@ -504,7 +509,9 @@ mod tests {
         assert_eq!(paths(&tree), want.iter().map(|path| path.to_vec()).collect());
         let default = Static::default().build(&marginals, 64, 4);
         assert_eq!(default.len(), 2 + 4);
-        assert_eq!(Static::default().build(&marginals, 3, 4).len(), 3);
+        let few: [&[u32]; 3] = [&[0], &[0, 10], &[1]];
+        let default = Static::default().build(&marginals, 4, 2);
+        assert_eq!(paths(&default), few.iter().map(|path| path.to_vec()).chain([vec![0, 11]]).collect());
     }
 
     #[test]

@@ -191,8 +191,11 @@ impl Drive<'_> {
             places.push((row + before..row + before + rows).collect::<Vec<u32>>());
             row += before + rows + rejected.len() as u32;
         }
-        let of = |(Part { text, from, .. }, rows)| CommittedRows::new(text.id, rows, *from, &text.tokens, &text.pages);
-        let committed: Vec<_> = parts.iter().zip(&places).map(of).collect();
+        let committed: Vec<_> = (parts.iter().zip(&places))
+            .map(|(part, rows)| {
+                CommittedRows::new(part.text.id, rows, part.from, &part.text.tokens, &part.text.pages)
+            })
+            .collect();
         let device = self.stage.device();
         let taps = if width > 0 && with_taps { Some(device.upload(&taps, "made-up taps")?) } else { None };
         let mut commands = device.commands()?;
