@@ -414,6 +414,9 @@ pub struct SpeculativeConfig {
     /// The draft's mixture-of-experts backend; the target's when unset.
     #[serde(deserialize_with = "optional_moe_name")]
     pub moe_backend: Option<String>,
+    /// The proposer's own parameters, a JSON object that it reads.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub parameters: Option<serde_json::Value>,
     /// Who makes trees of what is drafted; chains when unset.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tree: Option<StrategyConfig>,

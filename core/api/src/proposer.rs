@@ -5,7 +5,7 @@ use std::{
 };
 
 use polyattn_device::{Buffer, BufferSlice, Commands, Device, DeviceError};
-use serde::Serialize;
+use serde::{Serialize, de::DeserializeOwned};
 
 use crate::{
     AttentionKernel, BackendError, Draft, EngineConfig, KvDType, Marginals, ModelConfig, Sampling, TreeWish,
@@ -299,7 +299,7 @@ impl DraftAttention {
 }
 
 /// What a proposer loads with.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
 pub struct LoadContext<'a> {
     /// Where it runs.
@@ -326,6 +326,8 @@ pub struct LoadContext<'a> {
     pub max_rows: u32,
     /// Nodes of a sequence's tree at the most; 0 where no trees are asked for.
     pub tree_nodes: u32,
+    /// The proposer's own parameters, as the user gave them; read them by [`settings`](Self::settings).
+    pub parameters: Option<&'a serde_json::Value>,
 }
 
 impl<'a> LoadContext<'a> {
@@ -345,7 +347,18 @@ impl<'a> LoadContext<'a> {
             max_sequences: 1,
             max_rows: 512,
             tree_nodes: 0,
+            parameters: None,
         }
+    }
+
+    /// The parameters of `proposer` as its own type, the defaults where the user gave none.
+    ///
+    /// # Errors
+    /// A sentence that names the field at fault.
+    pub fn settings<T: DeserializeOwned + Default>(&self, proposer: &str) -> Result<T, ProposerError> {
+        let Some(parameters) = self.parameters else { return Ok(T::default()) };
+        T::deserialize(parameters)
+            .map_err(|error| ProposerError::Unsupported(format!("speculative.parameters of '{proposer}': {error}")))
     }
 }
 

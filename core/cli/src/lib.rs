@@ -34,7 +34,7 @@
 //! |---|---|
 //! | `cpu`, `plain`, `flash`, `splitkv` | the attention backend of this name |
 //! | `moe-dense`, `moe-grouped` | the backend for mixtures of experts called `dense`, `grouped` |
-//! | `ngram`, `dflash`, `medusa`, `mtp` | the proposer of this name |
+//! | `ngram`, `suffix`, `draft-model`, `dflash`, `medusa`, `mtp`, `combine` | the proposer of this name |
 //! | `eagle` | the proposers `eagle` and `eagle3` |
 //! | `program` | the `polyattn` program, also as a function of a library ([`program`]), [`models`] and [`bench`] |
 //!
@@ -61,11 +61,15 @@ mod output;
 pub mod program;
 
 pub use polyattn_api as api;
+#[cfg(feature = "combine")]
+pub use polyattn_combine as combine;
 #[cfg(feature = "cpu")]
 pub use polyattn_cpu as cpu;
 pub use polyattn_device as device;
 #[cfg(feature = "dflash")]
 pub use polyattn_dflash as dflash;
+#[cfg(feature = "draft-model")]
+pub use polyattn_draft_model as draft_model;
 #[cfg(feature = "eagle")]
 pub use polyattn_eagle as eagle;
 pub use polyattn_engine as engine;
@@ -87,3 +91,5 @@ pub use polyattn_plain as plain;
 pub use polyattn_replay as replay;
 #[cfg(feature = "splitkv")]
 pub use polyattn_splitkv as splitkv;
+#[cfg(feature = "suffix")]
+pub use polyattn_suffix as suffix;

@@ -121,6 +121,8 @@ pub struct SpeculativeOptions {
     pub num_speculative_tokens: Option<u32>,
     /// The draft model, a file or a folder.
     pub model: Option<PathBuf>,
+    /// The proposer's own parameters, a JSON object that it reads.
+    pub parameters: Option<serde_json::Value>,
     /// Who makes trees of what is drafted; chains when unset.
     pub tree: Option<StrategyConfig>,
     /// Nodes of a tree at the most; 16 when unset.
@@ -229,6 +231,7 @@ impl Engine {
                 attention_backend: speculative.attention_backend.clone(),
                 attention_backend_per_kind: speculative.attention_backend_per_kind.clone(),
                 moe_backend: speculative.moe_backend.clone(),
+                parameters: speculative.parameters.clone(),
                 tree: speculative.tree.clone(),
                 tree_nodes: speculative.tree_nodes,
                 acceptance: speculative.acceptance.clone(),
@@ -274,6 +277,7 @@ impl Engine {
                 load.max_rows = rows;
                 load.max_sequences = options.max_sequences;
                 load.tree_nodes = tree_nodes;
+                load.parameters = speculative.parameters.as_ref();
                 let drafter = entry.load(&load)?;
                 let asked = speculative.num_speculative_tokens;
                 Some(Drafting::new(drafter, entry.proposer.name(), &facts, asked, strategies)?)

@@ -3,18 +3,30 @@
 use std::{io, path::Path, process::ExitCode, sync::Arc};
 
 use polyattn_api::{Device, Origin, Proposer, RegisteredProposer, TargetFacts};
+use polyattn_combine::Combine;
 use polyattn_conformance::{ProposerSubject, proposer_suite, run};
 use polyattn_device::DeviceChoice;
 use polyattn_dflash::{DFlash, tiny};
 use polyattn_eagle::{Eagle, Eagle3, tiny as tiny_eagle};
 use polyattn_medusa::{Medusa, tiny as tiny_medusa};
 use polyattn_mtp::{Form, Mtp, tiny as tiny_mtp};
+use polyattn_draft_model::DraftModel;
 use polyattn_ngram::NGram;
+use polyattn_suffix::Suffix;
 use {polyattn_cpu as _, polyattn_flash as _, polyattn_plain as _};
 
 fn registered(proposer: impl Proposer + 'static) -> RegisteredProposer {
     let origin = Origin { crate_name: env!("CARGO_PKG_NAME"), version: env!("CARGO_PKG_VERSION") };
     RegisteredProposer { origin, proposer: Arc::new(proposer) }
+}
+
+fn copy_folder(from: Option<&Path>, to: &Path) -> std::io::Result<()> {
+    let from = from.ok_or_else(|| std::io::Error::other("the target has no folder"))?;
+    for entry in std::fs::read_dir(from)? {
+        let entry = entry?;
+        std::fs::copy(entry.path(), to.join(entry.file_name()))?;
+    }
+    Ok(())
 }
 
 fn main() -> ExitCode {
@@ -62,8 +74,14 @@ fn main() -> ExitCode {
             counting("qwen-counting", |target, folder| tiny_mtp::write_counting(target, folder, Form::Qwen), 2.9),
         ),
     ];
+    // A model that drafts for itself is accepted throughout: its default of 4 tokens a step.
+    let itself = |target: &TargetFacts, folder: &Path| copy_folder(target.checkpoint.as_deref(), folder);
+    let itself = ProposerSubject::new().named("itself").make_checkpoint(itself).acceptance_floor(4.9);
     let mut trials = Vec::new();
     for device in &devices {
+        trials.extend(proposer_suite(&registered(Suffix), &lookup, device));
+        trials.extend(proposer_suite(&registered(DraftModel), &itself, device));
+        trials.extend(proposer_suite(&registered(Combine), &full, device));
         trials.extend(proposer_suite(&registered(NGram), &lookup, device));
         trials.extend(proposer_suite(&registered(DFlash), &full, device));
         trials.extend(proposer_suite(&registered(DFlash), &sliding, device));
