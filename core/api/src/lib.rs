@@ -19,6 +19,7 @@ mod config;
 mod decline;
 mod guard;
 mod layout;
+mod merge;
 mod narrow;
 mod plan;
 mod problem;
@@ -39,6 +40,7 @@ pub use config::{
 };
 pub use decline::Decline;
 pub use layout::{LayoutError, Reader};
+pub use merge::{AttentionState, MergeStates, merge_states};
 pub use plan::{BATCH_WGSL, Plan, PlanPool};
 pub use polyattn_device::{
     self as device, Buffer, BufferSlice, Commands, DType, Device, DeviceError, DeviceFacts, DeviceKind,
