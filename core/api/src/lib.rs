@@ -15,6 +15,7 @@
 mod backend;
 mod batch;
 mod capabilities;
+mod cascade;
 mod config;
 mod decline;
 mod guard;
@@ -34,6 +35,7 @@ mod store;
 pub use backend::{AttentionBackend, AttentionIo, AttentionKernel, BackendError, StoreKv};
 pub use batch::{BatchLayout, TreeMask};
 pub use capabilities::{Capabilities, DeviceNeed, Dims, DtypeSet, KvDtypeSet, PhaseSet};
+pub use cascade::Cascade;
 pub use config::{
     AttentionConfig, BackendChoice, BackendName, ConfigError, EngineConfig, KernelConfig, KvCacheConfig, LayerConfig,
     LayerKind, ModelConfig, SpeculativeConfig, WindowConfig, default_draft_config,

@@ -79,7 +79,7 @@ struct Immediates {
 ///
 /// It is associative and commutative up to rounding, so any number of parts may be merged in any order; a fixed order
 /// gives the same bits. A state of LSE −∞ is the neutral element to the bit, whatever its output holds. A sink belongs to
-/// one of the parts. It serves split keys, shared prefixes (prefix and suffixes apart), a prompt read in chunks, and
+/// one of the parts. It serves split keys, shared prefixes ([`Cascade`](crate::Cascade)), a prompt read in chunks, and
 /// two backends that share a context.
 ///
 /// Source: `merge_state` of FlashInfer (arXiv 2501.01005, whose LSE is of base 2; this one is natural).
