@@ -26,3 +26,10 @@ pub(crate) const CAPABILITIES: Capabilities = Capabilities::none(DeviceNeed::Gpu
     .page_sizes(Dims::Any)
     .phases(PhaseSet::of(&Phase::ALL))
     .needs_workgroup_bytes(shader::LEAST_WORKGROUP_BYTES);
+
+/// The same with shared prefixes, whose sums depend on who shares.
+pub(crate) const CASCADING: Capabilities = {
+    let mut capabilities = CAPABILITIES;
+    capabilities.batch_invariant = false;
+    capabilities
+};

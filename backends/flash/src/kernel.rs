@@ -106,7 +106,8 @@ impl AttentionKernel for Kernel {
             let (rows, most) = (batch.rows(), MOST_ITEMS * u64::from(variant.rows()) / u64::from(self.group()));
             return Err(BackendError::Batch(format!("{rows} query rows in one call, at most {most} are served")));
         }
-        let mut words = Vec::with_capacity(HEADER + items as usize * 2);
+        let mut words = self.plans.words();
+        words.reserve(HEADER + items as usize * 2);
         words.extend([TAG, variant.quads, items as u32, self.group()]);
         for sequence in 0..batch.sequences() {
             let rows = batch.queries(sequence).1 * self.group();

@@ -18,6 +18,11 @@
 //! Tiles begin at position 0, and nothing in the order of a row's arithmetic depends on the other rows, on the rows of
 //! an item, or on the batch. So a row of a verify pass has the bits of the decode call at its position, and a sequence
 //! has the same bits in any batch.
+//!
+//! # Settings
+//! `{"cascade": true}` as its `backend_config` lets sequences that begin with the same pages read them once
+//! ([`Cascade`]). What is shared decides the order of sums, so the backend then no longer claims the same bits in any
+//! batch, nor has a verified row those of its decode call. Problems with windows or ALiBi are served as without it.
 
 #![forbid(unsafe_code)]
 
@@ -30,9 +35,18 @@ mod tests;
 use std::sync::Arc;
 
 use polyattn_api::{
-    AttentionBackend, AttentionKernel, AttentionProblem, BackendError, Capabilities, Decline, Device, DeviceFacts,
-    register_backend,
+    AttentionBackend, AttentionKernel, AttentionProblem, BackendError, Capabilities, Cascade, Decline, Device,
+    DeviceFacts, register_backend,
 };
+use serde::Deserialize;
+
+/// What users can set.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Settings {
+    /// Whether pages that sequences share are read once for all of them, where that pays.
+    pub cascade: bool,
+}
 
 /// The backend's descriptor.
 #[derive(Clone, Copy, Debug, Default)]
@@ -64,6 +78,43 @@ impl AttentionBackend for Flash {
         }
         let exchange = shader::Exchange::choose(problem, device.facts());
         Ok(Arc::new(kernel::Kernel::new(device, problem, exchange)?))
+    }
+
+    fn configured(&self, config: &serde_json::Value) -> Result<Arc<dyn AttentionBackend>, String> {
+        let settings = Settings::deserialize(config).map_err(|error| error.to_string())?;
+        Ok(if settings.cascade { Arc::new(Cascading) } else { Arc::new(Self) })
+    }
+}
+
+/// [`Flash`] with shared prefixes.
+#[derive(Clone, Copy, Debug)]
+struct Cascading;
+
+impl AttentionBackend for Cascading {
+    fn name(&self) -> &'static str {
+        Flash.name()
+    }
+
+    fn capabilities(&self) -> &Capabilities {
+        &capabilities::CASCADING
+    }
+
+    fn declines(&self, problem: &AttentionProblem, device: &DeviceFacts) -> Vec<Decline> {
+        Flash.declines(problem, device)
+    }
+
+    fn prepare(&self, device: &Device, problem: &AttentionProblem) -> Result<Arc<dyn AttentionKernel>, BackendError> {
+        // One buffer more, for the LSE, may be one too many for the device.
+        let mut own = problem.clone();
+        own.lse = true;
+        if Cascade::declines(problem).is_some() || !Flash.declines(&own, device.facts()).is_empty() {
+            return Flash.prepare(device, problem);
+        }
+        Ok(Arc::new(Cascade::prepare(&Flash, device, problem)?))
+    }
+
+    fn configured(&self, config: &serde_json::Value) -> Result<Arc<dyn AttentionBackend>, String> {
+        Flash.configured(config)
     }
 }
 

@@ -181,3 +181,31 @@ fn more_items_than_one_dimension_holds() {
     let out = device.download::<f32>(&out).unwrap();
     assert!((0..count * 32).all(|i| out[i] == if i / 32 % 3 == 0 { 2.0 } else { 1.0 }));
 }
+
+#[test]
+fn reads_its_settings() {
+    let configured = |text: &str| Flash.configured(&serde_json::from_str(text).unwrap());
+    assert!(configured("{}").unwrap().capabilities().batch_invariant);
+    let sharing = configured(r#"{"cascade": true}"#).unwrap();
+    assert!(!sharing.capabilities().batch_invariant && sharing.capabilities().deterministic);
+    assert!(sharing.configured(&serde_json::json!({})).unwrap().capabilities().batch_invariant);
+    let refused = configured(r#"{"cascades": true}"#).unwrap_err();
+    assert!(refused.contains("unknown field `cascades`, expected `cascade`"), "{refused}");
+
+    let Some(device) = gpu() else { return };
+    // Ten sequences with eighty pages in common: enough for the sharing to pay. One of the problems must go without.
+    let sequences = [(1, 1290); 10];
+    for window in [None, Some(Window { left: Some(1000), right: None })] {
+        let spec = Spec { window, sinks: true, ..Spec::new(wide(8, 8, 64, 64), DType::F32, &sequences) };
+        let mut case = random::case(7, &spec);
+        let width = case.batch.max_pages;
+        for sequence in 1..10 {
+            case.batch.page_table.copy_within(0..80, sequence * width);
+        }
+        let outcome = case.run(&device, &*sharing).unwrap();
+        let comparison = Comparison::of(&case, &outcome).unwrap();
+        assert!(comparison.within_tolerance, "{comparison:?}");
+        let alone = case.run(&device, &Flash).unwrap();
+        assert_eq!(alone.out == outcome.out, window.is_some(), "{window:?}");
+    }
+}

@@ -94,6 +94,25 @@ impl BatchLayout {
         }
     }
 
+    /// Becomes equal to `other`, in the memory that it has.
+    pub(crate) fn copy_from(&mut self, other: &Self) {
+        let Self { query_start, kv_len, page_table, max_pages, page_size, pool_pages, causal, tree, prefix_spans } =
+            other;
+        self.query_start.clone_from(query_start);
+        self.kv_len.clone_from(kv_len);
+        self.page_table.clone_from(page_table);
+        (self.max_pages, self.page_size, self.pool_pages) = (*max_pages, *page_size, *pool_pages);
+        self.causal.clone_from(causal);
+        match (&mut self.tree, tree) {
+            (Some(to), Some(from)) => {
+                to.words = from.words;
+                to.bits.clone_from(&from.bits);
+            }
+            (to, from) => to.clone_from(from),
+        }
+        self.prefix_spans.clone_from(prefix_spans);
+    }
+
     /// Checks everything that a kernel relies on: shapes, lengths, and that every page needed exists.
     ///
     /// # Errors

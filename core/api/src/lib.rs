@@ -17,6 +17,7 @@ mod acceptance;
 mod backend;
 mod batch;
 mod capabilities;
+mod cascade;
 mod config;
 mod decline;
 mod draft;
@@ -24,6 +25,7 @@ mod guard;
 mod layout;
 mod length;
 mod moe;
+mod merge;
 mod narrow;
 mod plan;
 mod problem;
@@ -44,6 +46,7 @@ pub use acceptance::{
 pub use backend::{AttentionBackend, AttentionIo, AttentionKernel, BackendError, MoveKv, StoreKv};
 pub use batch::{BatchLayout, TreeMask};
 pub use capabilities::{Capabilities, DeviceNeed, Dims, DtypeSet, KvDtypeSet, PhaseSet};
+pub use cascade::Cascade;
 pub use config::{
     AttentionConfig, BackendChoice, BackendName, ConfigError, EngineConfig, KernelConfig, KvCacheConfig, LayerConfig,
     LayerKind, ModelConfig, MoeConfig, SpeculativeConfig, WindowConfig, default_draft_config,
@@ -53,6 +56,7 @@ pub use draft::{Candidate, Distribution, Draft, Marginals};
 pub use layout::{LayoutError, Reader};
 pub use length::{Adaptive, Fixed, LengthPolicy, LengthWish, PerBatchSize, SequenceObserved, StepObserved};
 pub use moe::{MoeBackend, MoeIo, MoeKernel, MoeProblem, MoeSelectionError, ResolvedMoe, select_moe};
+pub use merge::{AttentionState, MergeStates, merge_states};
 pub use plan::{BATCH_WGSL, Plan, PlanPool};
 pub use polyattn_device::{
     self as device, Buffer, BufferSlice, Commands, DType, Device, DeviceError, DeviceFacts, DeviceKind,

@@ -15,32 +15,69 @@ pub const BATCH_WGSL: &str = include_str!("batch.wgsl");
 const HEADER: usize = 12;
 const SEQUENCE_WORDS: usize = 4;
 
-/// Index buffers that wait to be used again. A kernel owns one.
+/// Plans that wait to be used again, with all their memory. A kernel owns one, so that planning a step like the last
+/// one allocates nothing.
 #[derive(Clone, Debug, Default)]
-pub struct PlanPool(Arc<Mutex<Vec<Buffer>>>);
+pub struct PlanPool(Arc<Mutex<Pool>>);
 
-#[derive(Debug)]
-struct Index {
-    buffer: Buffer,
-    pool: PlanPool,
+#[derive(Debug, Default)]
+struct Pool {
+    /// Those that are in use have other owners.
+    plans: Vec<Arc<Packed>>,
+    words: Vec<Vec<u32>>,
 }
 
-impl Drop for Index {
-    fn drop(&mut self) {
-        self.pool.0.lock().push(self.buffer.clone());
+/// What a plan is made of.
+#[derive(Debug, Default)]
+struct Packed {
+    batch: BatchLayout,
+    extra: Vec<u32>,
+    index: Vec<u32>,
+    buffer: Option<Buffer>,
+}
+
+impl PlanPool {
+    /// An empty list for the words of the next plan, in memory that an earlier one had.
+    #[must_use]
+    pub fn words(&self) -> Vec<u32> {
+        self.0.lock().words.pop().unwrap_or_default()
+    }
+
+    /// One that nobody uses, if possible with a buffer of `bytes`.
+    fn take(&self, bytes: u64) -> Arc<Packed> {
+        let mut pool = self.0.lock();
+        let large = |packed: &Packed| packed.buffer.as_ref().is_none_or(|buffer| buffer.bytes() >= bytes);
+        let free = |packed: &mut Arc<Packed>| Arc::get_mut(packed).is_some();
+        let place = pool
+            .plans
+            .iter_mut()
+            .position(|packed| large(packed) && free(packed))
+            .or_else(|| pool.plans.iter_mut().position(free));
+        place.map(|place| pool.plans.swap_remove(place)).unwrap_or_default()
+    }
+
+    /// Takes in a plan in use, and words that are no longer.
+    fn put(&self, packed: &Arc<Packed>, mut words: Vec<u32>) {
+        let mut pool = self.0.lock();
+        pool.plans.push(Arc::clone(packed));
+        // Callers that bring words of their own would fill it without end.
+        if pool.words.len() < pool.plans.len() {
+            words.clear();
+            pool.words.push(words);
+        }
     }
 }
 
 /// A batch, checked and ready on the device: made once a step, used by every layer.
 #[derive(Clone, Debug)]
 pub struct Plan {
-    batch: Arc<BatchLayout>,
-    extra: Vec<u32>,
-    index: Option<Arc<Index>>,
+    packed: Arc<Packed>,
+    parts: Vec<Plan>,
 }
 
 impl Plan {
-    /// Validates `batch` and, on a GPU, uploads it with `extra` words of the backend's own behind it.
+    /// Validates `batch` and, on a GPU, uploads it with `extra` words of the backend's own behind it
+    /// ([`PlanPool::words`] has memory for them).
     ///
     /// # Errors
     /// An invalid batch; no memory.
@@ -52,20 +89,50 @@ impl Plan {
         extra: Vec<u32>,
     ) -> Result<Self, BackendError> {
         batch.validate(problem)?;
-        let index = if device.is_cpu() { None } else { Some(upload(device, pool, problem, batch, &extra)?) };
-        Ok(Self { batch: Arc::new(batch.clone()), extra, index })
+        let places = Places::of(problem, batch);
+        let bytes = (places.extra + extra.len()) as u64 * 4;
+        let mut packed = pool.take(bytes);
+        let in_use = || BackendError::Batch("the plan's memory is in use".into());
+        let inner = Arc::get_mut(&mut packed).ok_or_else(in_use)?;
+        inner.batch.copy_from(batch);
+        let spare = std::mem::replace(&mut inner.extra, extra);
+        if !device.is_cpu() {
+            pack(&mut inner.index, &places, problem, batch, &inner.extra);
+            let buffer = match inner.buffer.take() {
+                Some(buffer) if buffer.bytes() >= bytes => buffer,
+                // Room to grow, so that a sequence that gains a page does not need a new buffer.
+                _ => device.alloc((bytes * 2).next_power_of_two().max(1024), "batch index")?,
+            };
+            device.write(&buffer, 0, &inner.index)?;
+            inner.buffer = Some(buffer);
+        }
+        pool.put(&packed, spare);
+        Ok(Self { packed, parts: Vec::new() })
+    }
+
+    /// With the plans of the parts that a kernel serves it by, such as those of a [`Cascade`](crate::Cascade).
+    #[must_use]
+    pub fn with_parts(mut self, parts: Vec<Plan>) -> Self {
+        self.parts = parts;
+        self
+    }
+
+    /// The plans of its parts, none where it is served whole.
+    #[must_use]
+    pub fn parts(&self) -> &[Plan] {
+        &self.parts
     }
 
     /// The batch it was made of.
     #[must_use]
     pub fn batch(&self) -> &BatchLayout {
-        &self.batch
+        &self.packed.batch
     }
 
     /// The backend's own words.
     #[must_use]
     pub fn extra(&self) -> &[u32] {
-        &self.extra
+        &self.packed.extra
     }
 
     /// The index buffer to bind first, where a kernel includes [`BATCH_WGSL`]. `commands` keep it until they are
@@ -74,41 +141,50 @@ impl Plan {
     /// # Errors
     /// A plan made for the CPU.
     pub fn index(&self, commands: &mut Commands) -> Result<BufferSlice<'_>, BackendError> {
-        let index =
-            self.index.as_ref().ok_or_else(|| BackendError::Batch("a plan of the CPU device has no index".into()))?;
-        commands.keep(Arc::clone(index) as Arc<_>);
-        Ok(index.buffer.whole())
+        let no_index = || BackendError::Batch("a plan of the CPU device has no index".into());
+        let buffer = self.packed.buffer.as_ref().ok_or_else(no_index)?;
+        commands.keep(Arc::clone(&self.packed) as Arc<_>);
+        Ok(buffer.whole())
     }
 }
 
-fn upload(
-    device: &Device,
-    pool: &PlanPool,
-    problem: &AttentionProblem,
-    batch: &BatchLayout,
-    extra: &[u32],
-) -> Result<Arc<Index>, BackendError> {
-    let sequences = batch.sequences();
-    let rows = batch.rows() as usize;
-    let row_start = HEADER + sequences * SEQUENCE_WORDS;
-    let page_start = row_start + rows;
-    let tree_start = page_start + batch.page_table.len();
-    let tree_words = batch.tree.as_ref().map_or(0, |tree| tree.words);
-    let reach_start = tree_start + batch.tree.as_ref().map_or(0, |tree| tree.bits.len());
-    let extra_start = reach_start + if problem.prefix_spans { rows } else { 0 };
+/// Where the parts of an index begin, in words.
+struct Places {
+    rows: usize,
+    pages: usize,
+    tree: usize,
+    reach: usize,
+    extra: usize,
+}
 
-    let mut words = vec![0u32; HEADER];
+impl Places {
+    fn of(problem: &AttentionProblem, batch: &BatchLayout) -> Self {
+        let rows = HEADER + batch.sequences() * SEQUENCE_WORDS;
+        let pages = rows + batch.rows() as usize;
+        let tree = pages + batch.page_table.len();
+        let reach = tree + batch.tree.as_ref().map_or(0, |tree| tree.bits.len());
+        let extra = reach + if problem.prefix_spans { batch.rows() as usize } else { 0 };
+        Self { rows, pages, tree, reach, extra }
+    }
+}
+
+/// Writes a batch into `words` as `batch.wgsl` reads it.
+fn pack(words: &mut Vec<u32>, places: &Places, problem: &AttentionProblem, batch: &BatchLayout, extra: &[u32]) {
+    let (sequences, rows) = (batch.sequences(), batch.rows() as usize);
+    let tree_words = batch.tree.as_ref().map_or(0, |tree| tree.words);
+    words.clear();
+    words.resize(HEADER, 0);
     words[..10].copy_from_slice(&[
         sequences as u32,
         rows as u32,
         batch.max_pages as u32,
         batch.page_size,
-        row_start as u32,
-        page_start as u32,
-        tree_start as u32,
+        places.rows as u32,
+        places.pages as u32,
+        places.tree as u32,
         tree_words as u32,
-        extra_start as u32,
-        reach_start as u32,
+        places.extra as u32,
+        places.reach as u32,
     ]);
     for sequence in 0..sequences {
         let (start, queries) = batch.queries(sequence);
@@ -128,23 +204,10 @@ fn upload(
             let (start, queries) = batch.queries(*sequence as usize);
             let context = batch.kv_len[*sequence as usize] - queries;
             for position in context.max(*first)..(context + queries).min(last + 1) {
-                let reach = &mut words[reach_start + (start + position - context) as usize];
+                let reach = &mut words[places.reach + (start + position - context) as usize];
                 *reach = (*reach).max(*last);
             }
         }
     }
     words.extend_from_slice(extra);
-
-    let bytes = (words.len() * 4) as u64;
-    let reused = {
-        let mut waiting = pool.0.lock();
-        waiting.iter().position(|buffer| buffer.bytes() >= bytes).map(|place| waiting.swap_remove(place))
-    };
-    let buffer = match reused {
-        Some(buffer) => buffer,
-        // Room to grow, so that a sequence that gains a page does not need a new buffer.
-        None => device.alloc((bytes * 2).next_power_of_two().max(1024), "batch index")?,
-    };
-    device.write(&buffer, 0, &words)?;
-    Ok(Arc::new(Index { buffer, pool: pool.clone() }))
 }

@@ -174,3 +174,9 @@ fn an_empty_registry_tells_the_fix() {
     assert_eq!(none.backend_names(), "none");
     assert_eq!(none.proposer_names(), "none");
 }
+
+/// Two majors of this crate in one program would have two registries. Cargo refuses to build them by the `links` key.
+#[test]
+fn a_second_copy_of_the_interface_cannot_be_linked() {
+    assert!(include_str!("../../Cargo.toml").contains("\nlinks = \"polyattn-api\"\n"));
+}
