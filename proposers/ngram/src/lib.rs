@@ -13,6 +13,7 @@ use polyattn_api::{
     Draft, Drafter, LoadContext, Outcome, PrefixReuse, Proposal, ProposeContext, Proposer, ProposerError,
     ProposerRequirements, TapSpec, register_proposer,
 };
+use serde::Deserialize;
 
 const MAX_TOKENS: u32 = 32;
 const DEFAULT_TOKENS: u32 = 8;
