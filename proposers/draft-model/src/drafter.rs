@@ -1,8 +1,8 @@
 use std::{collections::HashMap, sync::Arc};
 
 use polyattn_api::{
-    AttentionKernel, BatchLayout, Buffer, BufferSlice, Commands, Device, Drafter, LoadContext, Outcome, Plan,
-    PrefixReuse, Proposal, ProposeContext, ProposerError, TapSpec,
+    AttentionKernel, BatchLayout, Buffer, BufferSlice, Commands, Device, DraftSequence, Drafter, LoadContext, Outcome,
+    Plan, PrefixReuse, Proposal, ProposeContext, ProposerError, TapSpec,
 };
 use polyattn_nn::{
     NnError,
@@ -105,12 +105,13 @@ impl ModelDrafter {
             let ids = device.alloc(words(rows), "draft ids")?;
             Ok(Feed { ids, positions: device.alloc(words(rows), "draft positions")? })
         };
+        let chains = Chains::new(device, sequences, max_tokens)?;
         let memory = Memory {
             rows,
             committed: feed()?,
             drafted: feed()?,
             last_rows: device.alloc(words(sequences), "draft last rows")?,
-            chain_positions: device.alloc(words(sequences) * u64::from(max_tokens), "draft chain positions")?,
+            chain_positions: device.alloc(words(chains.stride()) * u64::from(max_tokens), "draft chain positions")?,
             last_hidden: device.alloc(hidden, "draft last hidden states")?,
             logits: device.alloc(words(sequences) * u64::from(config.vocab_size), "draft logits")?,
             scratch: decoder.scratch(device, rows, context.config.model.dtype)?,
@@ -124,7 +125,7 @@ impl ModelDrafter {
             pool_pages: context.pool_pages,
             max_tokens,
             seen: HashMap::new(),
-            chains: Chains::new(device, sequences, max_tokens)?,
+            chains,
             memory,
             decoder,
             device: device.clone(),
@@ -181,7 +182,9 @@ impl ModelDrafter {
     }
 
     fn draft(&mut self, context: &mut ProposeContext<'_>) -> Result<Proposal, NnError> {
-        let counts = context.sequences.iter().map(|sequence| sequence.width.min(self.max_tokens)).collect();
+        // A sequence without an anchor has nothing to draft behind.
+        let wanted = |sequence: &DraftSequence<'_>| if sequence.tokens.is_empty() { 0 } else { sequence.width };
+        let counts = context.sequences.iter().map(|sequence| wanted(sequence).min(self.max_tokens)).collect();
         let order = ChainOrder::new(counts);
         if order.longest() == 0 {
             return Ok(order.nothing());
@@ -196,7 +199,8 @@ impl ModelDrafter {
         let parts: Vec<Part<'_>> = rows
             .iter()
             .map(|sequence| {
-                let seen = self.seen.get(&sequence.id).copied().unwrap_or(0);
+                // The anchor runs in any case, for what comes behind it.
+                let seen = self.seen.get(&sequence.id).copied().unwrap_or(0).min(sequence.tokens.len() as u32 - 1);
                 let tokens = sequence.tokens.get(seen as usize..).unwrap_or(&[]);
                 Part { tokens, position: seen, pages: sequence.pages }
             })

@@ -243,7 +243,8 @@ mod tests {
         // Another one takes its place.
         drafter.see(1, &[7, 10, 11, 90, 91]);
         polyattn_api::Drafter::forget(&mut drafter, 1);
-        assert_eq!(draft(&mut drafter, 3, &[7, 10, 11], 8), [90, 91]);
+        assert_eq!(draft(&mut drafter, 3, &[10, 11, 90], 8), [91]);
+        assert_eq!(draft(&mut drafter, 6, &[9, 10, 11], 8), [90]);
         // A request that was never drafted for leaves nothing behind.
         drafter.see(4, &[3, 3, 3]);
         polyattn_api::Drafter::forget(&mut drafter, 4);
