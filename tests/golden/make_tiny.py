@@ -1,6 +1,6 @@
 """Writes tiny/<family>/: tiny random Hugging Face checkpoints with tokenizer and golden outputs.
 
-    python3 make_tiny.py
+    python3 make_tiny.py [family ...]
 
 config.json, model.safetensors (llama3-scaled: two shards and an index), tokenizer.json,
 tokenizer_config.json, and golden.json: logits' arg max and top 5 at each of 20 positions and 16 greedy
@@ -10,11 +10,12 @@ tokens with margins, in float64 from the weights as stored. Needs numpy and toke
 import json
 import pathlib
 import shutil
+import sys
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from reference import Decoder, decode, encode, greedy, margin, write_safetensors
+from reference import Decoder, DeepseekV2, decode, encode, greedy, margin, write_safetensors
 
 FOLDER = pathlib.Path(__file__).parent / "tiny"
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -43,6 +44,22 @@ FAMILIES = {
                       "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                                        "original_max_position_embeddings": 64}},
 }
+DEEPSEEK = {"architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2", "num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 24,
+            "num_attention_heads": 2, "num_key_value_heads": 2, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8,
+            "v_head_dim": 24, "q_lora_rank": None, "attention_bias": False, "tie_word_embeddings": True, "vocab_size": 274,
+            "n_routed_experts": None, "n_shared_experts": None}
+EXPERTS = {"n_routed_experts": 8, "num_experts_per_tok": 3, "n_shared_experts": 2, "moe_intermediate_size": 20, "first_k_dense_replace": 1,
+           "moe_layer_freq": 1, "norm_topk_prob": False, "routed_scaling_factor": 1.5, "scoring_func": "softmax", "topk_method": "greedy"}
+FAMILIES |= {
+    "deepseek": DEEPSEEK | {"torch_dtype": "float32"},
+    # With everything that V2-Lite does not have: the queries' own latent, groups; and with its YaRN.
+    "deepseek-moe": DEEPSEEK | EXPERTS | {
+        "torch_dtype": "bfloat16", "q_lora_rank": 20, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, "rope_theta": 100.0,
+        "rope_scaling": {"type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64, "beta_fast": 4, "beta_slow": 1,
+                         "mscale": 0.707, "mscale_all_dim": 0.707}},
+    "deepseek-moe-normed": DEEPSEEK | EXPERTS | {"torch_dtype": "float16", "norm_topk_prob": True, "routed_scaling_factor": 1.0, "n_shared_experts": None,
+                                              "num_hidden_layers": 1, "first_k_dense_replace": 0},
+}
 STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
@@ -58,6 +75,36 @@ def write_tokenizer(folder):
               "add_bos_token": False, "clean_up_tokenization_spaces": False, "model_max_length": 512, "chat_template": TEMPLATE}
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
     return tokenizer
+
+
+def deepseek_shapes(c):
+    h, heads = c["hidden_size"], c["num_attention_heads"]
+    q, latent = heads * (c["qk_nope_head_dim"] + c["qk_rope_head_dim"]), c["kv_lora_rank"]
+    swiglu = lambda at, inter: ((f"{at}{name}_proj.weight", (h, inter) if name == "down" else (inter, h)) for name in ("gate", "up", "down"))
+    yield "model.embed_tokens.weight", (c["vocab_size"], h)
+    for layer in range(c["num_hidden_layers"]):
+        at = f"model.layers.{layer}."
+        yield at + "input_layernorm.weight", (h,)
+        if c["q_lora_rank"] is None:
+            yield at + "self_attn.q_proj.weight", (q, h)
+        else:
+            yield at + "self_attn.q_a_proj.weight", (c["q_lora_rank"], h)
+            yield at + "self_attn.q_a_layernorm.weight", (c["q_lora_rank"],)
+            yield at + "self_attn.q_b_proj.weight", (q, c["q_lora_rank"])
+        yield at + "self_attn.kv_a_proj_with_mqa.weight", (latent + c["qk_rope_head_dim"], h)
+        yield at + "self_attn.kv_a_layernorm.weight", (latent,)
+        yield at + "self_attn.kv_b_proj.weight", (heads * (c["qk_nope_head_dim"] + c["v_head_dim"]), latent)
+        yield at + "self_attn.o_proj.weight", (h, heads * c["v_head_dim"])
+        yield at + "post_attention_layernorm.weight", (h,)
+        if not c["n_routed_experts"] or layer < c["first_k_dense_replace"]:
+            yield from swiglu(at + "mlp.", c["intermediate_size"])
+            continue
+        yield at + "mlp.gate.weight", (c["n_routed_experts"], h)
+        if c["n_shared_experts"]:
+            yield from swiglu(at + "mlp.shared_experts.", c["n_shared_experts"] * c["moe_intermediate_size"])
+        for expert in range(c["n_routed_experts"]):
+            yield from swiglu(f"{at}mlp.experts.{expert}.", c["moe_intermediate_size"])
+    yield "model.norm.weight", (h,)
 
 
 def shapes(c):
@@ -87,7 +134,8 @@ def family(name, overrides, seed):
     config = COMMON | overrides
     rng = np.random.default_rng(seed)
     dtype, stored = STORED[config["torch_dtype"]], {}
-    for tensor, shape in shapes(config):
+    deepseek = config["model_type"] == "deepseek_v2"
+    for tensor, shape in deepseek_shapes(config) if deepseek else shapes(config):
         x = rng.normal(size=shape) * (1.8 * shape[-1] ** -0.5 if len(shape) == 2 else 0.3)
         stored[tensor] = (dtype, encode(x + (1 if "norm" in tensor else 0), dtype))
     folder = FOLDER / name
@@ -104,7 +152,7 @@ def family(name, overrides, seed):
         write_safetensors(folder / "model.safetensors", stored, {"format": "pt"})
 
     tokenizer = write_tokenizer(folder)
-    make = lambda: Decoder(config, {tensor.removeprefix("model."): decode(*x) for tensor, x in stored.items()})
+    make = lambda: (DeepseekV2 if deepseek else Decoder)(config, {tensor.removeprefix("model."): decode(*x) for tensor, x in stored.items()})
     ids = rng.integers(0, config["vocab_size"], 20).tolist()
     logits = make()(ids)
     best = np.argsort(-logits, axis=-1, kind="stable")[:, :5]
@@ -121,9 +169,11 @@ def family(name, overrides, seed):
 
 
 def main():
-    shutil.rmtree(FOLDER, ignore_errors=True)
+    wanted = sys.argv[1:] or list(FAMILIES)
     for seed, (name, overrides) in enumerate(FAMILIES.items()):
-        family(name, overrides, 200 + seed)
+        if name in wanted:
+            shutil.rmtree(FOLDER / name, ignore_errors=True)
+            family(name, overrides, 200 + seed)
 
 
 if __name__ == "__main__":

@@ -285,6 +285,94 @@ class Decoder(Network):
         return x @ self.weights.get("lm_head.weight", self.weights["embed_tokens.weight"]).T
 
 
+class DeepseekV2:
+    """A causal target with latent attention and experts, as published (arXiv 2405.04434 and the model's own code).
+
+    Nothing is absorbed: keys and values of every head are made of the latents, and what is cached are those. Experts
+    are a loop over the tokens.
+    """
+
+    def __init__(self, config, weights):
+        self.config, self.weights = config, weights
+        self.heads, self.eps = config["num_attention_heads"], config["rms_norm_eps"]
+        self.nope, self.rope_dim, self.value_dim = (config[f] for f in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
+        self.inverse, self.scale = self.rotation()
+        self.caches = [Cache() for _ in range(config["num_hidden_layers"])]
+
+    def rotation(self):
+        """Angles by position, and the factor of the logits; YaRN changes both."""
+        dim, base, s = self.rope_dim, self.config["rope_theta"], self.config.get("rope_scaling")
+        plain = base ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
+        scale = (self.nope + self.rope_dim) ** -0.5
+        if not s:
+            return plain, scale
+        assert s["type"] == "yarn" and s["mscale"] == s["mscale_all_dim"]
+        pair = lambda turns: dim * np.log(s["original_max_position_embeddings"] / (turns * 2 * np.pi)) / (2 * np.log(base))
+        low, high = max(np.floor(pair(s["beta_fast"])), 0), min(np.ceil(pair(s["beta_slow"])), dim - 1)
+        keep = 1 - np.clip((np.arange(dim // 2) - low) / max(high - low, 0.001), 0, 1)
+        mscale = 0.1 * s["mscale_all_dim"] * np.log(s["factor"]) + 1
+        return plain / s["factor"] * (1 - keep) + plain * keep, scale * mscale * mscale
+
+    def linear(self, x, name):
+        return x @ self.weights[name + ".weight"].T
+
+    def norm(self, x, name):
+        return rms_norm(x, self.weights[name + ".weight"], self.eps)
+
+    def attention(self, x, layer, positions):
+        at, n = f"layers.{layer}.self_attn.", len(x)
+        h = self.norm(x, f"layers.{layer}.input_layernorm")
+        if self.config["q_lora_rank"] is None:
+            q = self.linear(h, at + "q_proj")
+        else:
+            q = self.linear(self.norm(self.linear(h, at + "q_a_proj"), at + "q_a_layernorm"), at + "q_b_proj")
+        q = q.reshape(n, self.heads, self.nope + self.rope_dim)
+        q_rope = rope(q[..., self.nope :], positions, self.inverse, interleaved=True)
+        down = self.linear(h, at + "kv_a_proj_with_mqa")
+        latent = self.norm(down[:, : self.config["kv_lora_rank"]], at + "kv_a_layernorm")
+        k_rope = rope(down[:, None, self.config["kv_lora_rank"] :], positions, self.inverse, interleaved=True)
+        up = self.linear(latent, at + "kv_b_proj").reshape(n, self.heads, self.nope + self.value_dim)
+        k = np.concatenate([up[..., : self.nope], np.repeat(k_rope, self.heads, 1)], -1)
+        k, v = self.caches[layer].put(k, up[..., self.nope :])
+        seen = visibility(n, len(k), "causal")
+        out, _ = attend(np.concatenate([q[..., : self.nope], q_rope], -1), k, v, seen, self.scale)
+        return self.linear(out.reshape(n, -1), at + "o_proj")
+
+    def swiglu(self, x, name):
+        return self.linear(silu(self.linear(x, name + "gate_proj")) * self.linear(x, name + "up_proj"), name + "down_proj")
+
+    def experts(self, h, at):
+        c = self.config
+        scores = self.linear(h, at + "gate")
+        shares = np.exp(scores - scores.max(-1, keepdims=True))
+        shares /= shares.sum(-1, keepdims=True)
+        out = np.zeros_like(h)
+        for row, share in enumerate(shares):
+            open_to = share.copy()
+            if c["topk_method"] == "group_limited_greedy":
+                groups = share.reshape(c["n_group"], -1)
+                best = np.argsort(-groups.max(-1), kind="stable")[: c["topk_group"]]
+                closed = np.setdiff1d(np.arange(c["n_group"]), best)
+                open_to.reshape(c["n_group"], -1)[closed] = -1
+            chosen = np.argsort(-open_to, kind="stable")[: c["num_experts_per_tok"]]
+            weights = share[chosen]
+            weights = weights / weights.sum() if c["norm_topk_prob"] else weights * c["routed_scaling_factor"]
+            for expert, weight in zip(chosen, weights):
+                out[row] += weight * self.swiglu(h[row : row + 1], f"{at}experts.{expert}.")[0]
+        return out + self.swiglu(h, at + "shared_experts.") if c["n_shared_experts"] else out
+
+    def __call__(self, ids):
+        c = self.config
+        x = self.weights["embed_tokens.weight"][np.asarray(ids)]
+        positions = self.caches[0].length + np.arange(len(ids))
+        for layer in range(c["num_hidden_layers"]):
+            x = x + self.attention(x, layer, positions)
+            h, at = self.norm(x, f"layers.{layer}.post_attention_layernorm"), f"layers.{layer}.mlp."
+            sparse = c.get("n_routed_experts") and layer >= c["first_k_dense_replace"]
+            x = x + (self.experts(h, at) if sparse else self.swiglu(h, at))
+        return self.norm(x, "norm") @ self.weights.get("lm_head.weight", self.weights["embed_tokens.weight"]).T
+
+
 class DFlash(Network):
     """The drafter. `inject` adds context rows, `draft` runs a block and drops its rows again."""
 

@@ -100,6 +100,14 @@ pub enum BackendError {
         /// What it did.
         what: String,
     },
+    /// A backend for mixtures of experts broke its own contract: it panicked.
+    #[error("MoE backend '{backend}' is at fault: {what}")]
+    MoePlugin {
+        /// The backend's name.
+        backend: &'static str,
+        /// What it did.
+        what: String,
+    },
     /// The device failed.
     #[error(transparent)]
     Device(#[from] DeviceError),

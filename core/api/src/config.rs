@@ -318,6 +318,30 @@ pub struct LayerConfig {
     /// Its causality; unset, [`AttentionConfig::use_non_causal`] decides.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub causal: Option<bool>,
+    /// Factor of the logits; unset, the elements of a query to the power −1/2. Latent attention needs it: there it is
+    /// that of the head before the key's projection was absorbed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scale: Option<f32>,
+    /// The mixture of experts behind the attention, in layers that have one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub moe: Option<MoeConfig>,
+}
+
+/// What of a mixture of experts decides who serves it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MoeConfig {
+    /// Experts to choose from.
+    pub experts: u32,
+    /// Experts of a token.
+    pub experts_per_token: u32,
+    /// Width of the residual stream.
+    pub hidden_size: u32,
+    /// Width of an expert's SwiGLU.
+    pub intermediate_size: u32,
+    /// Format of the experts' weights; the model's dtype when unset.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dtype: Option<DType>,
 }
 
 fn one() -> u32 {
@@ -343,6 +367,21 @@ impl LayerConfig {
             sinks: false,
             alibi: false,
             causal: None,
+            scale: None,
+            moe: None,
+        }
+    }
+
+    /// A layer kind with latent attention and nothing else asked for.
+    #[must_use]
+    pub fn mla(name: impl Into<String>, count: u32, query_heads: u32, latent_dim: u32, rope_dim: u32) -> Self {
+        Self {
+            kind: LayerKind::Mla,
+            kv_heads: None,
+            head_dim: None,
+            latent_dim: Some(latent_dim),
+            rope_dim: Some(rope_dim),
+            ..Self::gqa(name, count, query_heads, 1, 1)
         }
     }
 }

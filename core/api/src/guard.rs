@@ -10,8 +10,8 @@ use polyattn_device::{Commands, Device, DeviceFacts};
 
 use crate::{
     AttentionIo, AttentionKernel, AttentionProblem, BackendError, BatchLayout, Decline, Draft, DraftSequence, Drafter,
-    LoadContext, MoveKv, Outcome, Plan, PrefixReuse, Proposal, ProposeContext, ProposerError, RegisteredBackend,
-    RegisteredProposer, StoreKv, TapSpec,
+    LoadContext, MoeIo, MoeKernel, MoeProblem, MoveKv, Outcome, Plan, PrefixReuse, Proposal, ProposeContext,
+    ProposerError, RegisteredBackend, RegisteredMoeBackend, RegisteredProposer, StoreKv, TapSpec,
 };
 
 /// Calls what may panic; its message if it did. A plugin's state is not looked at again after a fault, so nothing is
@@ -58,6 +58,56 @@ impl RegisteredBackend {
             return Err(fault("it prepared another problem than it was given".into()));
         }
         Ok(Arc::new(Guarded { kernel, backend: self.name() }))
+    }
+}
+
+impl RegisteredMoeBackend {
+    /// [`MoeBackend::declines`](crate::MoeBackend::declines); a panic in it is a reason of its own.
+    #[must_use]
+    pub fn declines(&self, problem: &MoeProblem, device: &DeviceFacts) -> Vec<Decline> {
+        contained(|| self.backend.declines(problem, device))
+            .unwrap_or_else(|message| vec![Decline::Panicked(message.into())])
+    }
+
+    /// [`MoeBackend::prepare`](crate::MoeBackend::prepare), and a kernel whose panics carry the backend's name.
+    ///
+    /// # Errors
+    /// A problem it declines, a device that fails, or [`BackendError::MoePlugin`].
+    pub fn prepare(
+        &self,
+        device: &Device,
+        problem: &MoeProblem,
+        rows: u32,
+    ) -> Result<Arc<dyn MoeKernel>, BackendError> {
+        let declines = self.declines(problem, device.facts());
+        if !declines.is_empty() {
+            return Err(BackendError::Declined(declines));
+        }
+        let backend = self.name();
+        let kernel = contained(|| self.backend.prepare(device, problem, rows)).unwrap_or_else(|message| {
+            Err(BackendError::MoePlugin { backend, what: format!("it panicked in prepare: {message}") })
+        })?;
+        Ok(Arc::new(GuardedMoe { kernel, backend }))
+    }
+}
+
+/// A kernel whose panics carry its backend's name.
+#[derive(Debug)]
+struct GuardedMoe {
+    kernel: Arc<dyn MoeKernel>,
+    backend: &'static str,
+}
+
+impl MoeKernel for GuardedMoe {
+    fn problem(&self) -> &MoeProblem {
+        self.kernel.problem()
+    }
+
+    fn encode(&self, commands: &mut Commands, io: &MoeIo<'_>) -> Result<(), BackendError> {
+        contained(|| self.kernel.encode(commands, io)).unwrap_or_else(|message| {
+            let what = format!("it panicked in encode: {message}");
+            Err(BackendError::MoePlugin { backend: self.backend, what })
+        })
     }
 }
 

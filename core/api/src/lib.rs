@@ -3,7 +3,8 @@
 //! * [`AttentionProblem`] says what must be computed, without data; [`Capabilities`] what a backend can serve;
 //!   [`Decline`] why it cannot.
 //! * [`AttentionBackend`] and [`AttentionKernel`] are what the author of a backend implements,
-//!   [`Proposer`] and [`Drafter`] what the author of a drafter implements. [`register_backend!`] and
+//!   [`Proposer`] and [`Drafter`] what the author of a drafter implements, [`MoeBackend`] and [`MoeKernel`] the author of
+//!   a backend for mixtures of experts. [`register_backend!`], [`register_moe_backend!`] and
 //!   [`register_proposer!`] put them into [`Registry::global`].
 //! * [`select`](fn@select) chooses for one problem, [`resolve()`](fn@resolve) for a whole [`EngineConfig`]: pure functions of
 //!   data.
@@ -22,6 +23,7 @@ mod draft;
 mod guard;
 mod layout;
 mod length;
+mod moe;
 mod narrow;
 mod plan;
 mod problem;
@@ -44,12 +46,13 @@ pub use batch::{BatchLayout, TreeMask};
 pub use capabilities::{Capabilities, DeviceNeed, Dims, DtypeSet, KvDtypeSet, PhaseSet};
 pub use config::{
     AttentionConfig, BackendChoice, BackendName, ConfigError, EngineConfig, KernelConfig, KvCacheConfig, LayerConfig,
-    LayerKind, ModelConfig, SpeculativeConfig, WindowConfig, default_draft_config,
+    LayerKind, ModelConfig, MoeConfig, SpeculativeConfig, WindowConfig, default_draft_config,
 };
 pub use decline::Decline;
 pub use draft::{Candidate, Distribution, Draft, Marginals};
 pub use layout::{LayoutError, Reader};
 pub use length::{Adaptive, Fixed, LengthPolicy, LengthWish, PerBatchSize, SequenceObserved, StepObserved};
+pub use moe::{MoeBackend, MoeIo, MoeKernel, MoeProblem, MoeSelectionError, ResolvedMoe, select_moe};
 pub use plan::{BATCH_WGSL, Plan, PlanPool};
 pub use polyattn_device::{
     self as device, Buffer, BufferSlice, Commands, DType, Device, DeviceError, DeviceFacts, DeviceKind,
@@ -60,8 +63,8 @@ pub use proposer::{
     Proposer, ProposerError, ProposerRequirements, TapSpec, TargetFacts, TargetServices,
 };
 pub use registry::{
-    BackendEntry, INTERFACE_VERSION, Origin, ProposerEntry, RegisteredBackend, RegisteredProposer, Registry,
-    RegistryBuilder, RegistryError,
+    BackendEntry, INTERFACE_VERSION, MoeBackendEntry, Origin, ProposerEntry, RegisteredBackend, RegisteredMoeBackend,
+    RegisteredProposer, Registry, RegistryBuilder, RegistryError,
 };
 pub use resolve::{Resolution, ResolveError, ResolvedLayer, resolve};
 pub use resolver::Resolver;

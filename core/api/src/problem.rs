@@ -363,8 +363,7 @@ impl AttentionProblem {
 
     /// Role, phase and layer, in words.
     pub(crate) fn described(&self) -> String {
-        let tree = if self.mask == Mask::Tree { " over trees" } else { "" };
-        format!("{} {} layer '{}'{tree}", self.role, self.phase, self.layer)
+        format!("{} {} layer '{}'", self.role, self.phase, self.layer)
     }
 }
 

@@ -8,7 +8,7 @@ use parking_lot::RwLock;
 use serde::Serialize;
 
 use crate::{
-    AcceptanceRule, AttentionBackend, ConfigError, LengthPolicy, Proposer, SelectionError, StrategyConfig,
+    AcceptanceRule, AttentionBackend, ConfigError, LengthPolicy, MoeBackend, Proposer, SelectionError, StrategyConfig,
     StrategyEntry, TreeBuilder, acceptance::ACCEPTANCE_RULES, guard::contained, length::LENGTH_POLICIES,
     tree::TREE_BUILDERS,
 };
@@ -59,7 +59,22 @@ pub struct ProposerEntry {
     pub make: fn() -> Arc<dyn Proposer>,
 }
 
+/// What [`register_moe_backend!`](crate::register_moe_backend) submits. Made by
+/// [`moe_backend_entry!`](crate::moe_backend_entry).
+#[derive(Clone, Copy, Debug)]
+pub struct MoeBackendEntry {
+    /// Where it comes from.
+    pub origin: Origin,
+    /// The [`INTERFACE_VERSION`] it was built for.
+    pub interface: u32,
+    /// Automatic selection takes the highest first.
+    pub priority: i32,
+    /// Makes the descriptor.
+    pub make: fn() -> Arc<dyn MoeBackend>,
+}
+
 inventory::collect!(BackendEntry);
+inventory::collect!(MoeBackendEntry);
 inventory::collect!(ProposerEntry);
 inventory::collect!(StrategyEntry<dyn TreeBuilder>);
 inventory::collect!(StrategyEntry<dyn AcceptanceRule>);
@@ -85,6 +100,29 @@ macro_rules! backend_entry {
 macro_rules! register_backend {
     ($backend:ty, priority = $priority:expr) => {
         $crate::macros::inventory::submit! { $crate::backend_entry!($backend, priority = $priority) }
+    };
+}
+
+/// Makes the [`MoeBackendEntry`] of a type with `Default`, without registering it: for [`RegistryBuilder::moe_backend`].
+#[macro_export]
+macro_rules! moe_backend_entry {
+    ($backend:ty, priority = $priority:expr) => {
+        $crate::MoeBackendEntry {
+            origin: $crate::Origin { crate_name: env!("CARGO_PKG_NAME"), version: env!("CARGO_PKG_VERSION") },
+            interface: $crate::INTERFACE_VERSION,
+            priority: $priority,
+            make: || ::std::sync::Arc::new(<$backend as ::std::default::Default>::default()),
+        }
+    };
+}
+
+/// Registers a backend for mixtures of experts, a type with `Default`: `register_moe_backend!(Grouped, priority = 50);`
+///
+/// The crate must be named where the program is built (`use my_backend as _;`), or nothing is registered.
+#[macro_export]
+macro_rules! register_moe_backend {
+    ($backend:ty, priority = $priority:expr) => {
+        $crate::macros::inventory::submit! { $crate::moe_backend_entry!($backend, priority = $priority) }
     };
 }
 
@@ -166,6 +204,25 @@ impl RegisteredBackend {
     }
 }
 
+/// A backend for mixtures of experts in a registry.
+#[derive(Clone, Debug)]
+pub struct RegisteredMoeBackend {
+    /// Where it comes from.
+    pub origin: Origin,
+    /// Its priority.
+    pub priority: i32,
+    /// The descriptor.
+    pub backend: Arc<dyn MoeBackend>,
+}
+
+impl RegisteredMoeBackend {
+    /// The backend's name.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        self.backend.name()
+    }
+}
+
 /// A proposer in a registry.
 #[derive(Clone, Debug)]
 pub struct RegisteredProposer {
@@ -182,7 +239,7 @@ pub enum RegistryError {
     /// Two plugins of one name.
     #[error("two {kind}s are called '{name}': one of crate {first}, one of crate {second}")]
     Duplicate {
-        /// `attention backend` or `proposer`.
+        /// `attention backend`, `MoE backend` or `proposer`.
         kind: &'static str,
         /// Their name.
         name: String,
@@ -194,7 +251,7 @@ pub enum RegistryError {
     /// A name that users could not select it by.
     #[error("crate {origin} registers a {kind} called '{name}': {reason}")]
     Name {
-        /// `attention backend` or `proposer`.
+        /// `attention backend`, `MoE backend` or `proposer`.
         kind: &'static str,
         /// The name.
         name: String,
@@ -209,7 +266,7 @@ pub enum RegistryError {
          {INTERFACE_VERSION}: build both against one version of polyattn-api"
     )]
     Interface {
-        /// `attention backend` or `proposer`.
+        /// `attention backend`, `MoE backend` or `proposer`.
         kind: &'static str,
         /// Where it comes from.
         origin: Origin,
@@ -219,7 +276,7 @@ pub enum RegistryError {
     /// A plugin that panics when its descriptor is made.
     #[error("crate {origin} registers a {kind} that panics when it is made: {message}")]
     Panicked {
-        /// `attention backend` or `proposer`.
+        /// `attention backend`, `MoE backend` or `proposer`.
         kind: &'static str,
         /// Where it comes from.
         origin: Origin,
@@ -238,6 +295,7 @@ pub enum RegistryError {
 #[derive(Debug, Default)]
 pub struct Registry {
     backends: RwLock<Arc<[RegisteredBackend]>>,
+    moe_backends: RwLock<Arc<[RegisteredMoeBackend]>>,
     proposers: RwLock<Arc<[RegisteredProposer]>>,
     strategies: Strategies,
 }
@@ -309,6 +367,9 @@ impl Registry {
                 for entry in inventory::iter::<BackendEntry> {
                     builder = builder.backend(*entry);
                 }
+                for entry in inventory::iter::<MoeBackendEntry> {
+                    builder = builder.moe_backend(*entry);
+                }
                 for entry in inventory::iter::<ProposerEntry> {
                     builder = builder.proposer(*entry);
                 }
@@ -335,6 +396,12 @@ impl Registry {
         Arc::clone(&self.backends.read())
     }
 
+    /// The backends for mixtures of experts, best first.
+    #[must_use]
+    pub fn moe_backends(&self) -> Arc<[RegisteredMoeBackend]> {
+        Arc::clone(&self.moe_backends.read())
+    }
+
     /// The proposers by name.
     #[must_use]
     pub fn proposers(&self) -> Arc<[RegisteredProposer]> {
@@ -357,6 +424,14 @@ impl Registry {
     #[must_use]
     pub fn backend_names(&self) -> String {
         let mut names: Vec<_> = self.backends().iter().map(RegisteredBackend::name).collect();
+        names.sort_unstable();
+        one_line(&names)
+    }
+
+    /// The names of all backends for mixtures of experts as one line, for messages: `none` where there are none.
+    #[must_use]
+    pub fn moe_backend_names(&self) -> String {
+        let mut names: Vec<_> = self.moe_backends().iter().map(RegisteredMoeBackend::name).collect();
         names.sort_unstable();
         one_line(&names)
     }
@@ -412,6 +487,7 @@ impl Registry {
         }
         Ok(Self {
             backends: RwLock::new(backends.into()),
+            moe_backends: RwLock::new(self.moe_backends()),
             proposers: RwLock::new(self.proposers()),
             strategies: self.strategies.clone(),
         })
@@ -430,6 +506,7 @@ impl Registry {
         all.sort_by(|a, b| a.proposer.name().cmp(b.proposer.name()));
         Ok(Self {
             backends: RwLock::new(self.backends()),
+            moe_backends: RwLock::new(self.moe_backends()),
             proposers: RwLock::new(all.into()),
             strategies: self.strategies.clone(),
         })
@@ -446,6 +523,26 @@ impl Registry {
         let backend = RegisteredBackend { origin: entry.origin, priority: entry.priority, backend };
         check_name(KIND, backend.name(), entry.origin)?;
         let mut backends = self.backends.write();
+        if let Some(other) = backends.iter().find(|other| other.name() == backend.name()) {
+            return Err(duplicate(KIND, backend.name(), other.origin, entry.origin));
+        }
+        let mut all: Vec<_> = backends.iter().cloned().chain([backend]).collect();
+        all.sort_by(|a, b| b.priority.cmp(&a.priority).then_with(|| a.name().cmp(b.name())));
+        *backends = all.into();
+        Ok(())
+    }
+
+    /// Adds a backend for mixtures of experts at run time.
+    ///
+    /// # Errors
+    /// Its name is taken or cannot be selected.
+    pub fn register_moe_backend(&self, entry: MoeBackendEntry) -> Result<(), RegistryError> {
+        const KIND: &str = "MoE backend";
+        check_interface(KIND, entry.interface, entry.origin)?;
+        let backend = make(KIND, entry.make, entry.origin)?;
+        let backend = RegisteredMoeBackend { origin: entry.origin, priority: entry.priority, backend };
+        check_name(KIND, backend.name(), entry.origin)?;
+        let mut backends = self.moe_backends.write();
         if let Some(other) = backends.iter().find(|other| other.name() == backend.name()) {
             return Err(duplicate(KIND, backend.name(), other.origin, entry.origin));
         }
@@ -511,6 +608,7 @@ fn check_name(kind: &'static str, name: &str, origin: Origin) -> Result<(), Regi
 #[derive(Debug, Default)]
 pub struct RegistryBuilder {
     backends: Vec<BackendEntry>,
+    moe_backends: Vec<MoeBackendEntry>,
     proposers: Vec<ProposerEntry>,
     strategies: Registry,
     fault: Option<RegistryError>,
@@ -521,6 +619,13 @@ impl RegistryBuilder {
     #[must_use]
     pub fn backend(mut self, entry: BackendEntry) -> Self {
         self.backends.push(entry);
+        self
+    }
+
+    /// With this backend for mixtures of experts.
+    #[must_use]
+    pub fn moe_backend(mut self, entry: MoeBackendEntry) -> Self {
+        self.moe_backends.push(entry);
         self
     }
 
@@ -562,6 +667,9 @@ impl RegistryBuilder {
         let registry = self.strategies;
         for entry in self.backends {
             registry.register_backend(entry)?;
+        }
+        for entry in self.moe_backends {
+            registry.register_moe_backend(entry)?;
         }
         for entry in self.proposers {
             registry.register_proposer(entry)?;

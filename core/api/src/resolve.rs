@@ -5,11 +5,12 @@ use serde::{Serialize, Serializer, ser::SerializeStruct};
 
 use crate::{
     AcceptanceRule, AttentionProblem, BackendChoice, ConfigError, Declined, EngineConfig, KvLayout, LengthPolicy, Mask,
-    ModelConfig, Phase, Policy, RegisteredBackend, RegisteredProposer, Registry, Role, SelectionError,
+    ModelConfig, Phase, Policy, RegisteredBackend, RegisteredProposer, Registry, ResolvedMoe, Role, SelectionError,
     SpeculativeConfig, TreeBuilder, Window, WindowConfig,
     backend::join,
     guard::contained,
     layout::{self, LayoutError, Reader, Wish},
+    moe::{MoeSelectionError, resolve_moe},
 };
 
 /// Who serves one layer kind in one phase.
@@ -73,6 +74,8 @@ pub struct Resolution {
     pub target: Vec<ResolvedLayer>,
     /// The draft's layer kinds; empty where the proposer runs no attention.
     pub draft: Vec<ResolvedLayer>,
+    /// Mixtures of experts of target and draft; empty where neither has any.
+    pub moe: Vec<ResolvedMoe>,
     /// The configuration the draft runs under, where there is a draft.
     pub draft_config: Option<EngineConfig>,
     /// The proposer.
@@ -80,6 +83,11 @@ pub struct Resolution {
 }
 
 impl Resolution {
+    /// The mixtures of experts of a role.
+    pub fn moe_of(&self, role: Role) -> impl Iterator<Item = &ResolvedMoe> {
+        self.moe.iter().filter(move |moe| moe.problem.role == role)
+    }
+
     /// The layer kind of this name in this phase, as chains need it.
     #[must_use]
     pub fn find(&self, role: Role, phase: Phase, layer: &str) -> Option<&ResolvedLayer> {
@@ -96,6 +104,12 @@ impl Resolution {
 struct DraftConfigAnswer<'a> {
     attention: &'a crate::AttentionConfig,
     kernel: &'a crate::KernelConfig,
+}
+
+#[derive(Serialize)]
+struct MoeAnswer<'a> {
+    target: Vec<&'a ResolvedMoe>,
+    draft: Vec<&'a ResolvedMoe>,
 }
 
 #[derive(Serialize)]
@@ -130,7 +144,7 @@ impl Serialize for Resolution {
         let (target, draft) = (LayoutNames::of(&self.target), LayoutNames::of(&self.draft));
         let one = matches!(target, Some(LayoutNames::One(_))) && target == draft;
         let shared = draft.is_some().then_some(one);
-        let mut out = serializer.serialize_struct("Resolution", 4)?;
+        let mut out = serializer.serialize_struct("Resolution", 5)?;
         out.serialize_field("target", &self.target)?;
         out.serialize_field("draft", &self.draft)?;
         out.serialize_field(
@@ -141,6 +155,10 @@ impl Serialize for Resolution {
                 .map(|config| DraftConfigAnswer { attention: &config.attention, kernel: &config.kernel }),
         )?;
         out.serialize_field("kv_layout", &LayoutAnswer { target, draft, shared })?;
+        if !self.moe.is_empty() {
+            let [target, draft] = [Role::Target, Role::Draft].map(|role| self.moe_of(role).collect());
+            out.serialize_field("moe", &MoeAnswer { target, draft })?;
+        }
         out.end()
     }
 }
@@ -158,6 +176,9 @@ pub enum ResolveError {
     /// Those who share a cache read no common layout.
     #[error(transparent)]
     Layout(#[from] LayoutError),
+    /// Nobody serves its experts.
+    #[error(transparent)]
+    Moe(#[from] MoeSelectionError),
 }
 
 /// Chooses a backend for each role, phase and layer kind of `config`, and the layout of each cache. A pure function of
@@ -191,9 +212,10 @@ pub fn resolve(config: &EngineConfig, device: &DeviceFacts, registry: &Registry)
         None => &[(Phase::Prefill, false), (Phase::Decode, false)],
     };
     let target = Model { path: "target", role: Role::Target, phases, config, device, registry };
+    let mut moe = resolve_moe(Role::Target, "target", config, device, registry)?;
     let Some(speculative) = &config.speculative else {
         let target = target.resolve(None)?;
-        return Ok(Resolution { target, draft: Vec::new(), draft_config: None, proposer: None });
+        return Ok(Resolution { target, draft: Vec::new(), moe, draft_config: None, proposer: None });
     };
 
     check_draft_names(speculative, registry)?;
@@ -232,7 +254,11 @@ pub fn resolve(config: &EngineConfig, device: &DeviceFacts, registry: &Registry)
     } else {
         (target.resolve(None)?, Vec::new())
     };
-    Ok(Resolution { target, draft, draft_config: Some(draft_config), proposer: Some(proposer) })
+    // Without a model of its own the draft configuration still holds the target's layers.
+    if speculative.draft.is_some() {
+        moe.extend(resolve_moe(Role::Draft, "speculative.draft", &draft_config, device, registry)?);
+    }
+    Ok(Resolution { target, draft, moe, draft_config: Some(draft_config), proposer: Some(proposer) })
 }
 
 /// Each role with a cache of its own.
@@ -427,6 +453,12 @@ fn problems(path: &str, model: &ModelConfig, config: &EngineConfig) -> Result<Ve
             .layer(Arc::<str>::from(layer.name.as_str()))
             .mask(if causal { Mask::Causal } else { Mask::Bidirectional })
             .window(layer.window.map(|window| window.sides(causal)).filter(|window| narrows(*window, causal)));
+        if let Some(scale) = layer.scale {
+            if !scale.is_finite() || scale <= 0.0 {
+                return fail(format!("{path}.scale"), format!("{scale} is no positive number"));
+            }
+            problem.scale = scale;
+        }
         problem.softcap = layer.softcap;
         problem.sinks = layer.sinks;
         problem.alibi = layer.alibi;

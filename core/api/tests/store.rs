@@ -4,7 +4,7 @@
 use half::{bf16, f16};
 use polyattn_api::{
     AttentionIo, AttentionKernel, AttentionKind, AttentionProblem, BackendError, BatchLayout, Commands, DType, Device,
-    KvDType, KvLayout, Plan, PlanPool, StoreKv,
+    KvDType, KvLayout, MoveKv, Plan, PlanPool, StoreKv,
 };
 use polyattn_device::DeviceChoice;
 
@@ -173,6 +173,69 @@ fn narrow_caches_are_alike_everywhere() {
                         let bound = (want.abs() * 2f32.powi(-mantissa - 1)).max(least);
                         assert!((got - want).abs() <= bound, "{dtype}: {want} became {got}");
                     }
+                }
+            }
+        }
+    }
+}
+
+/// Tokens move from slot to slot of every layout and format, one after the other, and nothing else changes.
+#[test]
+fn tokens_move_within_a_cache() {
+    let gqa = AttentionKind::Gqa { query_heads: 4, kv_heads: 2, head_dim: 8, value_dim: 12 };
+    let mla = AttentionKind::Mla { query_heads: 4, latent_dim: 12, rope_dim: 4 };
+    let moves = [[5u32, 3], [9, 4], [4, 30], [17, 9]];
+    let (pages, page_size) = (8usize, 4usize);
+    for kind in [gqa, mla] {
+        for layout in KvLayout::of(kind) {
+            for dtype in [KvDType::F32, KvDType::F16, KvDType::Q8] {
+                let mut problem = AttentionProblem::new(kind, DType::F32).page_size(page_size as u32);
+                (problem.kv_dtype, problem.kv_layout) = (dtype, *layout);
+                let heads = kind.kv_heads() as usize;
+                let value_dim = if matches!(kind, AttentionKind::Gqa { .. }) { 12 } else { 0 };
+                let bytes = |dim: usize| heads * dim * dtype.bytes() as usize;
+                for device in devices() {
+                    let filled = |row: usize, seed: usize| -> Vec<u8> {
+                        (0..pages * page_size * row.max(4)).map(|i| ((i * 31 + seed) % 251) as u8).collect()
+                    };
+                    // Each with the bytes of a head.
+                    let tensors = [(kind.query_dim() as usize, 1), (value_dim, 2)]
+                        .map(|(dim, seed)| (filled(bytes(dim), seed), dim * dtype.bytes() as usize));
+                    let scales = [3, 4].map(|seed| (filled(heads * 4, seed), 4));
+                    let upload = |bytes: &[u8]| device.upload(bytes, "cache").unwrap();
+                    let [k, v] = [&tensors[0].0, &tensors[1].0].map(|bytes| upload(bytes));
+                    let [k_scale, v_scale] = [&scales[0].0, &scales[1].0].map(|bytes| upload(bytes));
+                    let words = device.upload(moves.as_flattened(), "moves").unwrap();
+                    let mut io = MoveKv::new(&moves, &words, page_size as u32, &k, &v);
+                    (io.k_scale, io.v_scale) = (Some(k_scale.whole()), Some(v_scale.whole()));
+                    let store = Store { device: device.clone(), problem: problem.clone(), pool: PlanPool::default() };
+                    let mut commands = device.commands().unwrap();
+                    store.move_kv(&mut commands, &io).unwrap();
+                    let _ = commands.submit().unwrap();
+                    let moved = |(mut bytes, head): (Vec<u8>, usize), used: bool| {
+                        for [from, to] in moves.iter().filter(|_| used) {
+                            for part in 0..heads {
+                                let row = |slot: u32| layout.row(slot as usize, part, heads, page_size) * head;
+                                bytes.copy_within(row(*from)..row(*from) + head, row(*to));
+                            }
+                        }
+                        bytes
+                    };
+                    let [k_want, v_want] = tensors;
+                    let [k_scale_want, v_scale_want] = scales;
+                    let gqa = value_dim > 0;
+                    let scaled = dtype == KvDType::Q8;
+                    let what = format!("{layout:?} {dtype} {device:?}");
+                    let got = |buffer| device.download::<u8>(buffer).unwrap();
+                    assert_eq!(got(&k), moved(k_want, true), "keys, {what}");
+                    assert_eq!(got(&v), moved(v_want, gqa), "values, {what}");
+                    assert_eq!(got(&k_scale), moved(k_scale_want, scaled), "key scales, {what}");
+                    assert_eq!(got(&v_scale), moved(v_scale_want, scaled && gqa), "value scales, {what}");
+                    let small = device.alloc(64, "small").unwrap();
+                    let mut short = io;
+                    short.k_cache = small.whole();
+                    let mut commands = device.commands().unwrap();
+                    assert!(store.move_kv(&mut commands, &short).is_err(), "a cache that is too small");
                 }
             }
         }

@@ -33,9 +33,10 @@
 //! | feature | what it adds |
 //! |---|---|
 //! | `cpu`, `plain`, `flash`, `splitkv` | the attention backend of this name |
+//! | `moe-dense`, `moe-grouped` | the backend for mixtures of experts called `dense`, `grouped` |
 //! | `ngram`, `dflash`, `medusa`, `mtp` | the proposer of this name |
 //! | `eagle` | the proposers `eagle` and `eagle3` |
-//! | `program` | the `polyattn` program, also as a function of a library ([`program`]), and [`models`] |
+//! | `program` | the `polyattn` program, also as a function of a library ([`program`]), [`models`] and [`bench`] |
 //!
 //! All are on by default. An engine that brings plugins of its own turns the default features off, names those it
 //! wants, and says `use my_backend as _;` for its own.
@@ -44,6 +45,8 @@
 
 #[cfg(feature = "program")]
 mod args;
+#[cfg(feature = "program")]
+pub mod bench;
 #[cfg(feature = "program")]
 mod commands;
 #[cfg(feature = "program")]
@@ -70,6 +73,10 @@ pub use polyattn_engine as engine;
 pub use polyattn_flash as flash;
 #[cfg(feature = "medusa")]
 pub use polyattn_medusa as medusa;
+#[cfg(feature = "moe-dense")]
+pub use polyattn_moe_dense as moe_dense;
+#[cfg(feature = "moe-grouped")]
+pub use polyattn_moe_grouped as moe_grouped;
 #[cfg(feature = "mtp")]
 pub use polyattn_mtp as mtp;
 #[cfg(feature = "ngram")]

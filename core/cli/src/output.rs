@@ -67,6 +67,11 @@ pub(crate) fn print(text: &str) -> Result<(), Failure> {
     }
 }
 
+/// The command that is running, as results keep it.
+pub(crate) fn command_line() -> String {
+    std::iter::once("polyattn".to_owned()).chain(std::env::args().skip(1)).collect::<Vec<_>>().join(" ")
+}
+
 /// An empty table in the program's style.
 pub(crate) fn table(header: &[&str]) -> Table {
     let mut table = Table::new();

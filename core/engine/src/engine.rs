@@ -21,7 +21,7 @@ use crate::{
     attention::Kernels,
     record::Recorder,
     runner::{Head, Ids, Pass, PassSequence, Runner, RunnerSizes},
-    scheduler::{Event, Running},
+    scheduler::{Event, Running, StepTimes},
 };
 
 /// Tokens beyond the context that the pool has room for: a drafter's block reaches beyond what is emitted.
@@ -161,6 +161,7 @@ pub struct Engine {
     pub(crate) ahead: VecDeque<Readback>,
     /// Whether the last pass was of prompts.
     pub(crate) prefilled_last: bool,
+    pub(crate) times: StepTimes,
 }
 
 /// A drafter, and how its drafts are used.
@@ -203,7 +204,7 @@ impl Engine {
         let dtype = source.activation_dtype()?;
         let facts = TargetFacts::new(model.layers, model.hidden_size, model.vocab_size, model.context_length)
             .loaded_from(source.checkpoint.path());
-        let (layers, layer_kinds) = model.attention_layers();
+        let (layers, layer_kinds) = source.attention_layers()?;
         let speculative = options.speculative.as_ref();
         let proposer = speculative.and_then(|speculative| registry.proposer(&speculative.method));
         let own = proposer.as_ref().is_some_and(|entry| entry.proposer.requirements().in_target_checkpoint);
@@ -286,7 +287,8 @@ impl Engine {
         let of_one = 1 + drafting.as_ref().map_or(0, |drafting| drafting.drafter.max_tokens().max(tree_nodes));
         let head_rows = of_one.saturating_mul(options.max_sequences).min(rows).max(1);
         let sizes = RunnerSizes { rows, head_rows, pool_pages, page_size: options.page_size };
-        let runner = Runner::new(device, Arc::clone(&decoder), layer_kinds, sizes, dtype, taps)?;
+        let moe = resolution.moe_of(Role::Target).next();
+        let runner = Runner::new(device, Arc::clone(&decoder), layer_kinds, sizes, dtype, taps, moe)?;
         Ok(Self {
             device: device.clone(),
             config,
@@ -309,6 +311,7 @@ impl Engine {
             recorded: None,
             ahead: VecDeque::new(),
             prefilled_last: false,
+            times: StepTimes::default(),
         })
     }
 

@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use polyattn_api::{
-    AttentionKernel, BatchLayout, Draft, MoveKv, Phase, Plan, ProposerError, Role, TapSpec, TargetServices, TreeMask,
+    AttentionKernel, BatchLayout, Draft, MoveKv, Phase, Plan, ProposerError, ResolvedMoe, Role, TapSpec,
+    TargetServices, TreeMask,
 };
 use polyattn_device::{Buffer, BufferSlice, Commands, DType, Device};
 use polyattn_nn::{
@@ -75,7 +76,7 @@ pub(crate) struct Runner {
     decoder: Arc<Decoder>,
     sizes: RunnerSizes,
     scratch: DecoderScratch,
-    /// Keys and values of each layer.
+    /// Keys and values of each layer, one buffer twice where they share it.
     cache: Vec<(Buffer, Buffer)>,
     /// The place of each layer's kind among the kinds of a phase.
     layer_kinds: Vec<usize>,
@@ -106,16 +107,25 @@ impl Runner {
         sizes: RunnerSizes,
         dtype: DType,
         taps: &TapSpec,
+        moe: Option<&ResolvedMoe>,
     ) -> Result<Self, EngineError> {
         let config = decoder.config();
-        let row = u64::from(config.kv_heads) * u64::from(config.head_dim) * dtype.bytes();
-        let bytes = u64::from(sizes.pool_pages) * u64::from(sizes.page_size) * row;
+        let slots = u64::from(sizes.pool_pages) * u64::from(sizes.page_size);
+        let heads = u64::from(config.kv_heads) * u64::from(config.head_dim);
         let cache = (0..config.layers)
             .map(|layer| {
-                Ok((
-                    device.alloc(bytes, &format!("key cache {layer}"))?,
-                    device.alloc(bytes, &format!("value cache {layer}"))?,
-                ))
+                Ok(match &config.latent {
+                    None => {
+                        let bytes = slots * heads * dtype.bytes();
+                        let keys = device.alloc(bytes, &format!("key cache {layer}"))?;
+                        (keys, device.alloc(bytes, &format!("value cache {layer}"))?)
+                    }
+                    Some(latent) => {
+                        let bytes = slots * u64::from(latent.cache_dim()) * dtype.bytes();
+                        let rows = device.alloc(bytes, &format!("latent cache {layer}"))?;
+                        (rows.clone(), rows)
+                    }
+                })
             })
             .collect::<Result<_, EngineError>>()?;
         let hidden = u64::from(config.hidden_size) * 4;
@@ -131,8 +141,13 @@ impl Runner {
                 last_hidden: if taps.last_hidden { Some(last(device)?) } else { None },
             })
         };
+        let mut scratch = decoder.scratch(device, sizes.rows, dtype)?;
+        if let Some(moe) = moe {
+            let kernel = moe.backend.prepare(device, &moe.problem, sizes.rows)?;
+            scratch.layer.serve_experts(device, config, kernel, sizes.rows)?;
+        }
         Ok(Self {
-            scratch: decoder.scratch(device, sizes.rows, dtype)?,
+            scratch,
             cache,
             layer_kinds,
             ids: device.alloc(words(sizes.rows), "ids")?,

@@ -1,10 +1,10 @@
-//! A decoder of the Llama, Qwen2 and Qwen3 family: embedding, layers, final norm and output head.
+//! A decoder: embedding, layers, final norm and output head.
 
 use polyattn_device::{Buffer, BufferSlice, Commands, DType, Device};
 
 use crate::{
     NnError, WeightLoader,
-    layer::{DecoderLayer, LayerAttention, LayerScratch, LayerShape, Rows},
+    layer::{DecoderLayer, LayerAttention, LayerScratch, Rows},
     load::{DecoderConfig, ModelSource, WeightName},
     ops::{self, LinearCall, Matrix, Norm, RopeTable, Vector},
 };
@@ -13,7 +13,6 @@ use crate::{
 #[derive(Debug)]
 pub struct Decoder {
     config: DecoderConfig,
-    shape: LayerShape,
     embedding: Matrix,
     layers: Vec<DecoderLayer>,
     norm: Vector,
@@ -59,18 +58,6 @@ impl Decoder {
         let checkpoint = &source.checkpoint;
         config.check_weights(checkpoint)?;
         let format = checkpoint.format();
-        let shape = LayerShape {
-            hidden_size: config.hidden_size,
-            query_heads: config.query_heads,
-            kv_heads: config.kv_heads,
-            head_dim: config.head_dim,
-            intermediate_size: config.intermediate_size,
-            eps: config.rms_norm_eps,
-            pairing: config.rope.pairing,
-            qkv_bias: config.qkv_bias,
-            output_bias: false,
-            qk_norm: config.qk_norm,
-        };
         let mut loader = WeightLoader::new(checkpoint, device, progress);
         let mut table = |name: WeightName| {
             let name = [name.in_format(format)];
@@ -81,15 +68,13 @@ impl Decoder {
         let head = if config.tied_embedding { None } else { Some(table(WeightName::Output)?) };
         let norm = loader.vector(&[WeightName::OutputNorm.in_format(format)])?;
         let layers = (0..config.layers)
-            .map(|layer| {
-                DecoderLayer::load(&mut loader, shape, |weight| WeightName::Layer(layer, weight).in_format(format))
-            })
+            .map(|layer| DecoderLayer::of_decoder(&mut loader, &config, layer))
             .collect::<Result<Vec<_>, _>>()?;
         let rope = RopeTable::new(device, &config.inv_freq(), positions)?;
         let tables = [Some(&embedding), head.as_ref()].into_iter().flatten();
         let weight_bytes = tables.map(|matrix| matrix.buffer.bytes()).sum::<u64>()
             + layers.iter().map(DecoderLayer::weight_bytes).sum::<u64>();
-        Ok(Self { config, shape, embedding, layers, norm, head, rope, weight_bytes })
+        Ok(Self { config, embedding, layers, norm, head, rope, weight_bytes })
     }
 
     /// Its configuration.
@@ -111,7 +96,7 @@ impl Decoder {
     pub fn scratch(&self, device: &Device, rows: u32, q_dtype: DType) -> Result<DecoderScratch, NnError> {
         Ok(DecoderScratch {
             hidden: device.alloc(u64::from(rows) * u64::from(self.config.hidden_size) * 4, "hidden states")?,
-            layer: LayerScratch::new(device, &self.shape, rows, q_dtype)?,
+            layer: LayerScratch::of_decoder(device, &self.config, rows, q_dtype)?,
         })
     }
 
@@ -161,7 +146,7 @@ impl Decoder {
         }
         if let Some(Taps { layers, last_hidden: Some(last), out }) = &taps {
             let width = self.config.hidden_size;
-            let norm = Norm { weight: &self.norm, eps: self.shape.eps };
+            let norm = Norm { weight: &self.norm, eps: self.config.rms_norm_eps };
             ops::rms_norm(commands, hidden.whole(), norm, rows, last.whole())?;
             let offset = layers.len() as u32 * width;
             ops::copy_columns(commands, last.whole(), width, rows, out.whole(), offset + width, offset)?;
@@ -182,7 +167,7 @@ impl Decoder {
         normed: bool,
         logits: BufferSlice<'_>,
     ) -> Result<(), NnError> {
-        let norm = Norm { weight: &self.norm, eps: self.shape.eps };
+        let norm = Norm { weight: &self.norm, eps: self.config.rms_norm_eps };
         ops::linear(
             commands,
             &LinearCall {

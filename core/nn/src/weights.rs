@@ -26,6 +26,12 @@ impl<'a> WeightLoader<'a> {
         Self { checkpoint, device, progress }
     }
 
+    /// The checkpoint.
+    #[must_use]
+    pub fn checkpoint(&self) -> &'a Checkpoint {
+        self.checkpoint
+    }
+
     /// The format a matrix is held in: as stored where it is a float, f16 where it is quantised.
     ///
     /// # Errors
@@ -82,6 +88,51 @@ impl<'a> WeightLoader<'a> {
         let label = names.first().map_or("weights", String::as_str);
         let len = u32::try_from(values.len()).map_err(|_| NnError::Shape("vector exceeds 32 bits".into()))?;
         Ok(Vector { buffer: self.device.upload(&values, label)?, len })
+    }
+
+    /// The elements of a tensor of this shape as f32, for a matrix that holds them in another order.
+    ///
+    /// # Errors
+    /// A tensor that is missing or of another shape.
+    pub fn values(&mut self, name: &str, rows: u32, cols: u32) -> Result<Vec<f32>, NnError> {
+        let found = self.checkpoint.rows_and_columns(name)?;
+        if found != (rows as usize, cols as usize) {
+            return Err(NnError::Shape(format!("tensor '{name}' is {found:?}, expected {:?}", (rows, cols))));
+        }
+        let mut values = vec![0.0; found.0 * found.1];
+        self.checkpoint.read_rows(name, 0..found.0, &mut values)?;
+        (self.progress)(self.checkpoint.row_bytes(name, 0..found.0)?.len() as u64);
+        self.checkpoint.release(name);
+        Ok(values)
+    }
+
+    /// A matrix of these elements, `[rows, cols]`, held as `dtype`.
+    ///
+    /// # Errors
+    /// Another number of elements; no memory.
+    pub fn matrix_of(
+        &mut self,
+        values: &[f32],
+        rows: u32,
+        cols: u32,
+        dtype: DType,
+        label: &str,
+    ) -> Result<Matrix, NnError> {
+        if values.len() as u64 != u64::from(rows) * u64::from(cols) {
+            return Err(NnError::Shape(format!("{} elements for '{label}', expected {rows} × {cols}", values.len())));
+        }
+        let buffer = match dtype {
+            DType::F32 => self.device.upload(values, label)?,
+            DType::F16 => {
+                let narrow: Vec<u16> = values.par_iter().map(|value| f16::from_f32(*value).to_bits()).collect();
+                self.device.upload(&narrow, label)?
+            }
+            _ => {
+                let narrow: Vec<u16> = values.par_iter().map(|value| bf16::from_f32(*value).to_bits()).collect();
+                self.device.upload(&narrow, label)?
+            }
+        };
+        Ok(Matrix { buffer, rows, cols, dtype })
     }
 
     fn fill(

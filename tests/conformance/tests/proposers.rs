@@ -46,7 +46,7 @@ fn main() -> ExitCode {
     ];
     let counting = [
         (registered(Medusa), counting("counting", tiny_medusa::write_counting, 3.9)),
-        (registered(Eagle), counting("counting", tiny_eagle::write_counting, 4.8)),
+        (registered(Eagle), counting("counting", tiny_eagle::write_counting, 4.6)),
         // One id of a circle of 27 is not in the draft's vocabulary.
         (registered(Eagle3), counting("counting", tiny_eagle::write_counting3, 4.0)),
         (

@@ -7,6 +7,7 @@ mod faults;
 mod golden;
 mod layouts;
 mod mocks;
+mod moe;
 mod reasons;
 mod registry;
 mod select;

@@ -9,7 +9,7 @@ use std::{
 };
 
 use crate::{
-    api::{EngineConfig, ModelConfig},
+    api::{EngineConfig, ModelConfig, Role},
     engine::{Acceptance, Backends, Engine, EngineOptions, Generation, RecordOptions, Request, Sampling, StopReason},
     nn::load::{ChatMessage, Detokenizer},
 };
@@ -62,6 +62,10 @@ pub(crate) struct Args {
     #[arg(long, value_name = "P", default_value_t = 1.0, allow_negative_numbers = true)]
     top_p: f64,
 
+    /// Logits of tokens that the text has are divided by it where positive, multiplied where negative.
+    #[arg(long, value_name = "R", default_value_t = 1.0, allow_negative_numbers = true)]
+    repetition_penalty: f64,
+
     /// The same seed draws the same tokens.
     #[arg(long, value_name = "S", default_value_t = 0, allow_negative_numbers = true)]
     seed: u64,
@@ -102,6 +106,8 @@ pub(crate) struct GenerateOptions {
     pub(crate) top_k: Option<usize>,
     /// Above 0, up to 1, which is all tokens.
     pub(crate) top_p: f64,
+    /// Above 0; 1 changes nothing.
+    pub(crate) repetition_penalty: f64,
     /// The seed.
     pub(crate) seed: u64,
     /// Attention calls to write down.
@@ -140,6 +146,9 @@ impl TryFrom<Args> for GenerateOptions {
         if !(args.top_p > 0.0 && args.top_p <= 1.0) {
             return fault("--top-p", format!("{} is out of range, above 0 and up to 1", args.top_p));
         }
+        if !(args.repetition_penalty.is_finite() && args.repetition_penalty > 0.0) {
+            return fault("--repetition-penalty", format!("{} is out of range, above 0", args.repetition_penalty));
+        }
         if args.model.model.as_deref() == Some("") {
             return fault("--model", "'' is no name, file or folder".into());
         }
@@ -154,6 +163,7 @@ impl TryFrom<Args> for GenerateOptions {
             temperature: args.temperature,
             top_k: args.top_k,
             top_p: args.top_p,
+            repetition_penalty: args.repetition_penalty,
             seed: args.seed,
             record: args.record.map(|folder| Record { folder, layer: args.record_layer, step: args.record_step }),
         })
@@ -184,6 +194,7 @@ pub(crate) fn run(args: Args, context: &Context) -> Ended {
         .with_speculative(model.speculative(&options.speculative)?);
     setup.attention = options.attention.attention.clone();
     setup.backend_config = options.attention.backend_config.clone();
+    setup.kernel.moe_backend = options.attention.moe_backend.clone();
     setup.record = options.record.clone().map(|record| RecordOptions {
         folder: record.folder,
         layer: record.layer,
@@ -199,8 +210,8 @@ pub(crate) fn run(args: Args, context: &Context) -> Ended {
         temperature: options.temperature,
         top_k: options.top_k,
         top_p: options.top_p,
+        repetition_penalty: options.repetition_penalty,
         seed: options.seed,
-        ..Sampling::default()
     };
     let mut words = Words { detokenizer: tokenizer.detokenizer(), silent: context.json, fault: None };
     let interrupted = interrupt::flag();
@@ -221,12 +232,20 @@ pub(crate) fn run(args: Args, context: &Context) -> Ended {
             proposer: engine.proposer().map(|(name, _)| name),
             num_speculative_tokens: engine.proposer().map(|(_, tokens)| tokens),
             backends: &generation.backends,
+            moe_backends: MoeBackends::of(&engine),
             calls: &generation.calls,
             steps: generation.steps,
             tokens_per_second: generation.tokens_per_second(),
             prefill_seconds: generation.prefill.as_secs_f64(),
             decode_seconds: generation.decode.as_secs_f64(),
             acceptance: generation.acceptance.as_ref(),
+            strategies: engine.strategies().map(|(tree, acceptance, length)| StrategyNames {
+                tree,
+                acceptance,
+                length,
+            }),
+            lossless: generation.lossless,
+            drafter_lost: generation.drafter_lost,
         };
         output::print(&output::json(&answer)?)?;
     } else {
@@ -318,12 +337,41 @@ struct Answer<'a> {
     proposer: Option<&'a str>,
     num_speculative_tokens: Option<u32>,
     backends: &'a Backends,
+    /// Null where neither model has experts.
+    moe_backends: Option<MoeBackends>,
     calls: &'a BTreeMap<&'static str, u64>,
     steps: u64,
     tokens_per_second: f64,
     prefill_seconds: f64,
     decode_seconds: f64,
     acceptance: Option<&'a Acceptance>,
+    strategies: Option<StrategyNames<'a>>,
+    /// Whether the tokens follow the target's distribution.
+    lossless: bool,
+    drafter_lost: bool,
+}
+
+/// How drafts were used.
+#[derive(Serialize)]
+struct StrategyNames<'a> {
+    tree: &'a str,
+    acceptance: &'a str,
+    length: &'a str,
+}
+
+/// Who serves the experts of a model, null where it has none.
+#[derive(Serialize)]
+struct MoeBackends {
+    target: Option<&'static str>,
+    draft: Option<&'static str>,
+}
+
+impl MoeBackends {
+    fn of(engine: &Engine) -> Option<Self> {
+        let [target, draft] = [Role::Target, Role::Draft]
+            .map(|role| engine.resolution().moe_of(role).next().map(|moe| moe.backend.name()));
+        (target.is_some() || draft.is_some()).then_some(Self { target, draft })
+    }
 }
 
 /// Who served what, how fast, and how drafts fared.
@@ -342,6 +390,9 @@ fn summary(engine: &Engine, generation: &Generation) -> String {
         generation.tokens.len(),
         generation.tokens_per_second()
     );
+    for moe in &engine.resolution().moe {
+        text += &format!("\nexperts of the {}: {}", moe.problem.role, moe.backend.name());
+    }
     if let (Some((name, width)), Some(acceptance)) = (engine.proposer(), &generation.acceptance) {
         text += &format!(
             "\n{name} drafting {width}: mean acceptance length {:.2}, {} target passes",
@@ -385,6 +436,7 @@ mod tests {
             temperature: 0.0,
             top_k: None,
             top_p: 1.0,
+            repetition_penalty: 1.0,
             seed: 0,
             record: None,
         };

@@ -105,6 +105,10 @@ impl Model {
             moe_backend: choice.moe_backend.clone(),
             num_speculative_tokens: choice.num_speculative_tokens,
             model,
+            tree: choice.tree.clone(),
+            tree_nodes: choice.tree_nodes,
+            acceptance: choice.acceptance.clone(),
+            length: choice.length.clone(),
             ..SpeculativeOptions::default()
         }))
     }

@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::api::{AttentionConfig, BackendChoice, BackendName};
+use crate::api::{AttentionConfig, BackendChoice, BackendName, StrategyConfig};
 use serde::{Deserialize, de::DeserializeOwned};
 
 use crate::failure::Failure;
@@ -33,6 +33,11 @@ pub(crate) struct ModelArgs {
     /// Configurations of backends, an object by backend name.
     #[arg(long, value_name = "JSON")]
     pub(crate) backend_config: Option<String>,
+
+    /// The target's mixture-of-experts backend; automatically selected when unset, not looked at where the model has no
+    /// experts.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) moe_backend: Option<String>,
 }
 
 /// Who may serve a model's attention, and how they are set up.
@@ -42,6 +47,8 @@ pub(crate) struct AttentionOptions {
     pub(crate) attention: AttentionConfig,
     /// Configurations of backends, by name.
     pub(crate) backend_config: BTreeMap<String, serde_json::Value>,
+    /// The target's mixture-of-experts backend.
+    pub(crate) moe_backend: Option<String>,
 }
 
 impl ModelArgs {
@@ -57,6 +64,7 @@ impl ModelArgs {
         if let Some(text) = &self.backend_config {
             options.backend_config = object("--backend-config", text)?;
         }
+        options.moe_backend = self.moe_backend.as_deref().and_then(MoeName::parse).map(|name| name.0);
         if let Some(name) = self.attention_backend.as_deref().and_then(BackendName::parse) {
             let named = BackendChoice::Require(name.clone());
             let config = std::mem::replace(&mut options.attention.backend, named);
@@ -80,8 +88,8 @@ pub(crate) struct SpeculativeArgs {
     #[arg(long, value_name = "DIR|FILE")]
     draft_model: Vec<String>,
 
-    /// An object with method, attention_backend, moe_backend, num_speculative_tokens and model; each may also be given
-    /// by itself.
+    /// An object with method, attention_backend, moe_backend, num_speculative_tokens, model, tree, tree_nodes,
+    /// acceptance and length; each may also be given by itself.
     #[arg(long, value_name = "JSON")]
     speculative_config: Vec<String>,
 
@@ -104,6 +112,23 @@ pub(crate) struct SpeculativeArgs {
     /// The draft model, as --draft-model.
     #[arg(long = "speculative-config.model", value_name = "DIR|FILE")]
     draft_model_too: Vec<String>,
+
+    /// Who makes trees of what is drafted: chain, top-k, best-first, static, or {"name": …, "parameters": {…}}; chains
+    /// when unset.
+    #[arg(long = "speculative-config.tree", value_name = "NAME|JSON")]
+    draft_tree: Vec<String>,
+
+    /// Nodes of a tree at the most.
+    #[arg(long = "speculative-config.tree_nodes", value_name = "N")]
+    draft_tree_nodes: Vec<u32>,
+
+    /// What of a draft stands: match, greedy, rejection, block, or the lossy typical and synthetic; match when unset.
+    #[arg(long = "speculative-config.acceptance", value_name = "NAME|JSON")]
+    draft_acceptance: Vec<String>,
+
+    /// How many tokens are drafted a step: fixed, per-batch-size or adaptive; fixed when unset.
+    #[arg(long = "speculative-config.length", value_name = "NAME|JSON")]
+    draft_length: Vec<String>,
 }
 
 /// The object of `--speculative-config`.
@@ -115,6 +140,10 @@ struct SpeculativeObject {
     moe_backend: Option<String>,
     num_speculative_tokens: Option<u32>,
     model: Option<String>,
+    tree: Option<StrategyConfig>,
+    tree_nodes: Option<u32>,
+    acceptance: Option<StrategyConfig>,
+    length: Option<StrategyConfig>,
 }
 
 /// The proposer that was asked for.
@@ -163,9 +192,25 @@ pub(crate) struct SpeculativeChoice {
     pub(crate) moe_backend: Option<String>,
     /// Tokens drafted and verified a step; the proposer's own default when unset.
     pub(crate) num_speculative_tokens: Option<u32>,
+    /// Who makes trees; chains when unset.
+    pub(crate) tree: Option<StrategyConfig>,
+    /// Nodes of a tree at the most.
+    pub(crate) tree_nodes: Option<u32>,
+    /// What of a draft stands.
+    pub(crate) acceptance: Option<StrategyConfig>,
+    /// How many tokens are drafted a step.
+    pub(crate) length: Option<StrategyConfig>,
 }
 
 impl SpeculativeArgs {
+    /// One choice for each proposer that was named, where several may be.
+    ///
+    /// # Errors
+    /// As [`merge`](Self::merge).
+    pub(crate) fn each_proposer(&self) -> Result<Vec<SpeculativeChoice>, Failure> {
+        self.proposer.iter().map(|name| Self { proposer: vec![name.clone()], ..self.clone() }.merge()).collect()
+    }
+
     /// One choice out of everything that was said.
     ///
     /// # Errors
@@ -176,6 +221,8 @@ impl SpeculativeArgs {
         let mut attention_backend = Once::default();
         let mut moe_backend = Once::default();
         let mut tokens = Once::default();
+        let (mut tree, mut tree_nodes) = (Once::default(), Once::default());
+        let (mut acceptance, mut length) = (Once::default(), Once::default());
 
         for text in &self.proposer {
             proposer.say("--proposer", ProposerChoice::parse(text))?;
@@ -191,6 +238,10 @@ impl SpeculativeArgs {
                 .say(&option("attention_backend"), object.attention_backend.as_deref().and_then(BackendName::parse))?;
             moe_backend.say(&option("moe_backend"), object.moe_backend.as_deref().and_then(MoeName::parse))?;
             tokens.say(&option("num_speculative_tokens"), object.num_speculative_tokens)?;
+            tree.say(&option("tree"), object.tree)?;
+            tree_nodes.say(&option("tree_nodes"), object.tree_nodes)?;
+            acceptance.say(&option("acceptance"), object.acceptance)?;
+            length.say(&option("length"), object.length)?;
             let model = object.model.as_deref().map(|text| Model::parse(&option("model"), text)).transpose()?;
             draft_model.say(&option("model"), model.flatten())?;
         }
@@ -207,6 +258,19 @@ impl SpeculativeArgs {
         for count in &self.draft_tokens {
             tokens.say(&option("num_speculative_tokens"), Some(*count))?;
         }
+        let strategies = [
+            (&self.draft_tree, &mut tree, "tree"),
+            (&self.draft_acceptance, &mut acceptance, "acceptance"),
+            (&self.draft_length, &mut length, "length"),
+        ];
+        for (texts, said, field) in strategies {
+            for text in texts {
+                said.say(&option(field), Some(strategy(&option(field), text)?))?;
+            }
+        }
+        for nodes in &self.draft_tree_nodes {
+            tree_nodes.say(&option("tree_nodes"), Some(*nodes))?;
+        }
         for text in &self.draft_model_too {
             draft_model.say(&option("model"), Model::parse(&option("model"), text)?)?;
         }
@@ -220,7 +284,20 @@ impl SpeculativeArgs {
             attention_backend: attention_backend.value(),
             moe_backend: moe_backend.value().map(|name: MoeName| name.0),
             num_speculative_tokens: tokens.value(),
+            tree: tree.value(),
+            tree_nodes: tree_nodes.value(),
+            acceptance: acceptance.value(),
+            length: length.value(),
         })
+    }
+}
+
+/// A strategy as an option has it: a name, or an object with name and parameters.
+fn strategy(option: &str, text: &str) -> Result<StrategyConfig, Failure> {
+    match text.trim_start().starts_with('{') {
+        true => object(option, text),
+        false if text.trim().is_empty() => Err(Failure::new(format!("{option}: '' is no name"))),
+        false => Ok(StrategyConfig::new(text)),
     }
 }
 
@@ -358,6 +435,7 @@ mod tests {
             attention_backend: BackendName::parse("flash"),
             moe_backend: Some("Grouped".into()),
             num_speculative_tokens: Some(7),
+            ..SpeculativeChoice::default()
         };
         let object = r#"{"method":"DFlash","attention_backend":"FLASH","moe_backend":"Grouped","num_speculative_tokens":7,"model":"drafter"}"#;
         assert_eq!(good(&["--speculative-config", object]), want);
@@ -425,6 +503,24 @@ mod tests {
         assert!(refused(&["--proposer", "a", "--proposer", "b"]).contains("contradict"));
         let twice = ["--speculative-config", r#"{"method":"a"}"#, "--speculative-config", r#"{"method":"b"}"#];
         assert!(refused(&twice).contains("contradict"));
+    }
+
+    #[test]
+    fn strategies_are_names_or_objects() {
+        let found = good(&[
+            "--speculative-config",
+            r#"{"tree":"Top-K","tree_nodes":12,"length":{"name":"fixed","parameters":{"tokens":3}}}"#,
+            "--speculative-config.tree",
+            "top-k",
+            "--speculative-config.acceptance",
+            r#"{"name":"synthetic","parameters":{"length":4}}"#,
+        ]);
+        assert_eq!((found.tree, found.tree_nodes), (Some(StrategyConfig::new("top-k")), Some(12)));
+        assert_eq!(found.length.map(|length| length.to_string()).as_deref(), Some(r#"fixed {"tokens":3}"#));
+        assert_eq!(found.acceptance.map(|rule| rule.name).as_deref(), Some("synthetic"));
+        let two = ["--speculative-config.tree", "top-k", "--speculative-config.tree", "static"];
+        assert!(refused(&two).contains("contradict"));
+        assert!(refused(&["--speculative-config.length", "{\"nom\":1}"]).contains("unknown field `nom`"));
     }
 
     #[test]

@@ -26,6 +26,8 @@ struct Row {
     draft_attention: bool,
     non_causal: bool,
     target_vocabulary: bool,
+    last_hidden: bool,
+    trees: bool,
 }
 
 pub(crate) fn run(_: &Args, context: &Context) -> Ended {
@@ -44,6 +46,8 @@ pub(crate) fn run(_: &Args, context: &Context) -> Ended {
                 draft_attention: needs.draft_attention,
                 non_causal: needs.non_causal,
                 target_vocabulary: needs.target_vocabulary,
+                last_hidden: needs.last_hidden,
+                trees: needs.drafts_trees,
             }
         })
         .collect();
@@ -56,17 +60,19 @@ pub(crate) fn run(_: &Args, context: &Context) -> Ended {
             "checkpoint",
             "attention of its own",
             "non-causal",
+            "trees",
         ]);
         let yes = |needed: bool| if needed { "yes" } else { "–" }.to_owned();
         for row in &rows {
             table.add_row([
                 row.name.to_owned(),
                 format!("{} {}", row.crate_name, row.version),
-                yes(row.taps),
+                yes(row.taps || row.last_hidden),
                 yes(row.target_vocabulary),
                 yes(row.checkpoint),
                 yes(row.draft_attention),
                 yes(row.non_causal),
+                yes(row.trees),
             ]);
         }
         table.to_string()

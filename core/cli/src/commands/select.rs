@@ -142,6 +142,7 @@ fn text_of(resolution: &Resolution, device: &str) -> String {
         ]);
     }
     let mut out = format!("On {device}:\n{table}\n");
+    out += &experts(resolution);
     if let Some(proposer) = &resolution.proposer
         && resolution.draft.is_empty()
     {
@@ -208,6 +209,7 @@ fn explain(resolution: &Resolution, device: &str, registry: &Registry) -> String
     let mut out = format!("On {device}:\n{table}\n");
     let mut caches: Vec<_> = resolution.target.iter().chain(&resolution.draft).collect();
     caches.dedup_by_key(|layer| (layer.problem.role, layer.problem.layer.clone()));
+    out += &experts(resolution);
     for layer in caches {
         let (problem, layout) = (&layer.problem, layer.problem.kv_layout.name());
         let _ = writeln!(out, "The cache of {} layer '{}' has the layout {layout}.", problem.role, problem.layer);
@@ -220,6 +222,22 @@ fn explain(resolution: &Resolution, device: &str, registry: &Registry) -> String
                 writeln!(out, "The draft's attention is chosen apart from the target's; the proposer is '{name}'.")
             }
         };
+    }
+    out
+}
+
+/// A line for each layer kind with experts: who serves them, and why nobody else.
+fn experts(resolution: &Resolution) -> String {
+    let mut out = String::new();
+    for moe in &resolution.moe {
+        let (role, layer, backend) = (moe.problem.role, &moe.problem.layer, moe.backend.name());
+        let _ = write!(out, "The experts of {role} layer '{layer}' are served by '{backend}' ({})", moe.policy.name());
+        for one in &moe.declined {
+            let reasons: Vec<_> = one.reasons.iter().map(ToString::to_string).collect();
+            let why = if reasons.is_empty() { "could serve".to_owned() } else { reasons.join("; ") };
+            let _ = write!(out, ", not by '{}': {why}", one.backend);
+        }
+        out.push_str(".\n");
     }
     out
 }

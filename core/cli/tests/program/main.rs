@@ -1,5 +1,6 @@
 //! The program as a user meets it: exit codes, JSON, and messages.
 
+mod bench;
 mod check;
 mod fetch;
 mod generate;

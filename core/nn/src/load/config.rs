@@ -1,4 +1,4 @@
-//! What a decoder of the Llama family looks like: dimensions, RoPE, windows, special ids.
+//! What a decoder looks like: dimensions, RoPE, windows, experts, special ids.
 
 use std::f64::consts::TAU;
 use std::path::{Path, PathBuf};
@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use polyattn_api::{LayerConfig, WindowConfig};
 use serde_json::{Map, Value};
 
+use super::deepseek;
 use super::gguf::{Gguf, GgufValue, excerpt};
 use super::map::read_json_object;
 use super::{Checkpoint, CheckpointFormat, LoadError};
@@ -25,11 +26,16 @@ pub enum Architecture {
     Qwen2,
     /// Qwen3: RMS norms on each head's query and key.
     Qwen3,
+    /// DeepSeek-V2: latent attention and, behind the first layers, mixtures of experts. In Hugging Face folders only.
+    DeepseekV2,
 }
 
 impl Architecture {
     /// All supported families.
-    pub const ALL: [Self; 3] = [Self::Llama, Self::Qwen2, Self::Qwen3];
+    pub const ALL: [Self; 4] = [Self::Llama, Self::Qwen2, Self::Qwen3, Self::DeepseekV2];
+
+    /// Those that are read from GGUF files too.
+    pub const IN_GGUF: [Self; 3] = [Self::Llama, Self::Qwen2, Self::Qwen3];
 
     /// The name in GGUF metadata and in `model_type` of a `config.json`.
     pub const fn name(self) -> &'static str {
@@ -37,6 +43,7 @@ impl Architecture {
             Self::Llama => "llama",
             Self::Qwen2 => "qwen2",
             Self::Qwen3 => "qwen3",
+            Self::DeepseekV2 => "deepseek_v2",
         }
     }
 
@@ -46,6 +53,7 @@ impl Architecture {
             Self::Llama => "LlamaForCausalLM",
             Self::Qwen2 => "Qwen2ForCausalLM",
             Self::Qwen3 => "Qwen3ForCausalLM",
+            Self::DeepseekV2 => "DeepseekV2ForCausalLM",
         }
     }
 }
@@ -84,6 +92,18 @@ pub enum RopeScaling {
         low_freq_factor: f64,
         /// Wavelengths below `original_context / high_freq_factor` are kept.
         high_freq_factor: f64,
+        /// The context of the first training, in tokens.
+        original_context: u32,
+    },
+    /// High frequencies kept, low ones divided by a factor, a ramp over the pairs between (YaRN, arXiv 2309.00071, as
+    /// DeepSeek-V2 has it). What it does to the attention's scale is in [`LatentConfig::scale`].
+    Yarn {
+        /// The divisor of low frequencies.
+        factor: f64,
+        /// Pairs with more turns than this over the original context are kept.
+        beta_fast: f64,
+        /// Pairs with fewer turns than this over the original context are divided.
+        beta_slow: f64,
         /// The context of the first training, in tokens.
         original_context: u32,
     },
@@ -126,10 +146,20 @@ impl RopeConfig {
     /// Pair i of the token at position p is rotated by `p · inv_freq[i]`.
     pub fn inv_freq(&self) -> Vec<f64> {
         let dim = f64::from(self.dim);
+        // The pair that makes so many turns over a context, as a fraction.
+        let pair_of =
+            |turns: f64, context: u32| dim * (f64::from(context) / (turns * TAU)).ln() / (2.0 * self.theta.ln());
         (0..self.dim / 2)
             .map(|i| {
                 let plain = self.theta.powf(-2.0 * f64::from(i) / dim);
                 match &self.scaling {
+                    RopeScaling::Yarn { factor, beta_fast, beta_slow, original_context } => {
+                        let low = pair_of(*beta_fast, *original_context).floor().max(0.0);
+                        let high = pair_of(*beta_slow, *original_context).ceil().min(dim - 1.0);
+                        let ramp = (f64::from(i) - low) / (high - low).max(0.001);
+                        let divided = ramp.clamp(0.0, 1.0);
+                        (1.0 - divided) * plain + divided * plain / factor
+                    }
                     RopeScaling::None => plain,
                     RopeScaling::Linear { factor } => plain / factor,
                     RopeScaling::Divisors(d) => plain / d.get(i as usize).map_or(1.0, |d| f64::from(*d)),
@@ -150,6 +180,70 @@ impl RopeConfig {
     }
 }
 
+/// Latent attention: queries of `head_dim` elements, of which the last `rope_dim` are rotated, against keys that are
+/// made of a latent by the head's own matrix, and one rotated key for all heads.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct LatentConfig {
+    /// Width of the queries' own latent; `None` where they are projected at once.
+    pub query_latent_dim: Option<u32>,
+    /// Elements of the latent of keys and values, which the cache keeps.
+    pub latent_dim: u32,
+    /// Elements of a head that carry no position.
+    pub nope_dim: u32,
+    /// Elements of a head that are rotated, and of the rotated key that the cache keeps.
+    pub rope_dim: u32,
+    /// Elements of a head's value.
+    pub value_dim: u32,
+    /// Factor of the logits: that of the whole head, `(nope_dim + rope_dim)^-1/2`, times YaRN's.
+    pub scale: f32,
+}
+
+impl LatentConfig {
+    /// Elements of a row of the cache.
+    #[must_use]
+    pub const fn cache_dim(&self) -> u32 {
+        self.latent_dim + self.rope_dim
+    }
+}
+
+/// How the experts of a token are chosen among their scores.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ExpertChoice {
+    /// Those of the best scores.
+    Greedy,
+    /// Those of the best scores among the experts of the best groups. A group counts as much as its best expert.
+    GroupLimited {
+        /// Groups, each of as many experts.
+        groups: u32,
+        /// Groups that a token may choose from.
+        chosen: u32,
+    },
+}
+
+/// Mixtures of experts in the place of feed-forward layers.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct ExpertsConfig {
+    /// The first layer that has them; those before are dense.
+    pub first_layer: u32,
+    /// Experts of a layer to choose from.
+    pub experts: u32,
+    /// Experts that serve a token.
+    pub per_token: u32,
+    /// Width of an expert's SwiGLU.
+    pub intermediate_size: u32,
+    /// Width of the SwiGLU that serves every token besides; `None` where there is none.
+    pub shared_size: Option<u32>,
+    /// How a token's are chosen.
+    pub choice: ExpertChoice,
+    /// Whether the scores of those chosen are divided by their sum.
+    pub normalize: bool,
+    /// Factor of what they add; 1 where `normalize` is set, as in the model's own code.
+    pub scale: f32,
+}
+
 /// The configuration of a decoder, checked: every dimension is at least 1, heads divide evenly, and
 /// products that size buffers fit into 32 bits.
 #[derive(Clone, Debug, PartialEq)]
@@ -163,12 +257,16 @@ pub struct DecoderConfig {
     pub layers: u32,
     /// Query heads of a layer, a multiple of `kv_heads`.
     pub query_heads: u32,
-    /// Key and value heads of a layer.
+    /// Key and value heads of a layer; with latent attention as many as query heads.
     pub kv_heads: u32,
-    /// Width of one head, even.
+    /// Width of a head's query and key, even.
     pub head_dim: u32,
+    /// Latent attention, in all layers, or `None` for grouped-query attention.
+    pub latent: Option<LatentConfig>,
     /// Width of the SwiGLU layer.
     pub intermediate_size: u32,
+    /// Mixtures of experts, or `None` where all layers are dense.
+    pub experts: Option<ExpertsConfig>,
     /// Rows of the embedding.
     pub vocab_size: u32,
     /// The longest sequence that the model was made for, in tokens.
@@ -209,10 +307,10 @@ impl DecoderConfig {
         let file = gguf.path();
         let keys = Keys { gguf };
         let name = keys.text("general.architecture")?;
-        let architecture = Architecture::ALL
+        let architecture = Architecture::IN_GGUF
             .into_iter()
             .find(|a| a.name() == name)
-            .ok_or_else(|| unsupported_architecture(file, name))?;
+            .ok_or_else(|| unsupported_architecture(file, name, &Architecture::IN_GGUF))?;
         let key = |suffix: &str| format!("{name}.{suffix}");
 
         let layers = keys.u32(&key("block_count"))?;
@@ -260,7 +358,7 @@ impl DecoderConfig {
             // Converters permute the query and key rows of `llama` alone.
             pairing: match architecture {
                 Architecture::Llama => RopePairing::Interleaved,
-                Architecture::Qwen2 | Architecture::Qwen3 => RopePairing::HalfSplit,
+                _ => RopePairing::HalfSplit,
             },
             scaling: gguf_scaling(gguf, &keys, name, dim)?,
         };
@@ -311,7 +409,9 @@ impl DecoderConfig {
             query_heads,
             kv_heads,
             head_dim,
+            latent: None,
             intermediate_size: keys.u32(&key("feed_forward_length"))?,
+            experts: None,
             vocab_size,
             context_length,
             rms_norm_eps: keys.f64(&key("attention.layer_norm_rms_epsilon"))? as f32,
@@ -395,12 +495,19 @@ impl DecoderConfig {
         let layers = json.u32("num_hidden_layers")?;
         let query_heads = json.u32("num_attention_heads")?;
         let kv_heads = json.optional_u32("num_key_value_heads")?.unwrap_or(query_heads);
-        let head_dim = match json.optional_u32("head_dim")? {
-            Some(d) => d,
-            None => divided_head_dim(&file, "hidden_size", hidden_size, query_heads)?,
+        let latent_attention = architecture == Architecture::DeepseekV2;
+        let (head_dim, rope, latent) = if latent_attention {
+            let (rope, latent) = deepseek::latent(&json, query_heads, kv_heads)?;
+            (latent.nope_dim.saturating_add(latent.rope_dim), rope, Some(latent))
+        } else {
+            let head_dim = match json.optional_u32("head_dim")? {
+                Some(d) => d,
+                None => divided_head_dim(&file, "hidden_size", hidden_size, query_heads)?,
+            };
+            (head_dim, hf_rope(&json, head_dim)?, None)
         };
+        let experts = if latent_attention { deepseek::experts(&json)? } else { None };
         let context_length = json.u32("max_position_embeddings")?;
-        let rope = hf_rope(&json, head_dim)?;
         check_layer_count(&file, layers)?;
         let windows = hf_windows(&json, architecture, layers, context_length)?;
         let eos = json.ids("eos_token_id")?;
@@ -412,7 +519,9 @@ impl DecoderConfig {
             query_heads,
             kv_heads,
             head_dim,
+            latent,
             intermediate_size: json.u32("intermediate_size")?,
+            experts,
             vocab_size: json.u32("vocab_size")?,
             context_length,
             rms_norm_eps: json.optional_f64("rms_norm_eps")?.unwrap_or(1e-6) as f32,
@@ -509,7 +618,8 @@ impl DecoderConfig {
         Ok(())
     }
 
-    /// The kinds of its attention layers, as the selector sees them, and for each layer the place of its kind.
+    /// The kinds of its attention layers, as the selector sees them, and for each layer the place of its kind; without
+    /// experts, whose format [`ModelSource::attention_layers`](super::ModelSource::attention_layers) knows.
     #[must_use]
     pub fn attention_layers(&self) -> (Vec<LayerConfig>, Vec<usize>) {
         let mut windows: Vec<Option<u32>> = Vec::new();
@@ -519,7 +629,13 @@ impl DecoderConfig {
             let window = self.window(layer);
             let place = windows.iter().position(|other| *other == window).unwrap_or_else(|| {
                 let name = window.map_or("full".to_owned(), |keys| format!("sliding-{keys}"));
-                let mut kind = LayerConfig::gqa(name, 0, self.query_heads, self.kv_heads, self.head_dim);
+                let mut kind = match &self.latent {
+                    None => LayerConfig::gqa(name, 0, self.query_heads, self.kv_heads, self.head_dim),
+                    Some(latent) => {
+                        let kind = LayerConfig::mla(name, 0, self.query_heads, latent.latent_dim, latent.rope_dim);
+                        LayerConfig { scale: Some(latent.scale), ..kind }
+                    }
+                };
                 kind.window = window.map(WindowConfig::Keys);
                 windows.push(window);
                 kinds.push(kind);
@@ -536,30 +652,61 @@ impl DecoderConfig {
         self.windows.get(layer as usize).copied().flatten()
     }
 
+    /// Whether the feed-forward part of `layer` is a mixture of experts.
+    pub fn has_experts(&self, layer: u32) -> bool {
+        self.experts.as_ref().is_some_and(|experts| layer >= experts.first_layer)
+    }
+
     /// Elements of the matrices of all layers, embedding and head left out.
     pub fn layer_parameters(&self) -> u64 {
-        let (hidden, wide) = (u64::from(self.hidden_size), u64::from(self.intermediate_size));
-        let heads = u64::from(2 * self.query_heads + 2 * self.kv_heads) * u64::from(self.head_dim);
-        u64::from(self.layers) * hidden * (heads + 3 * wide)
+        let matrices =
+            self.weights().into_iter().filter(|name| !matches!(name, WeightName::TokenEmbedding | WeightName::Output));
+        matrices
+            .map(|name| name.shape(self))
+            .filter(|shape| shape.len() == 2)
+            .map(|shape| shape.iter().map(|extent| *extent as u64).product::<u64>())
+            .sum()
+    }
+
+    /// The weights of one layer, in the order in which it uses them.
+    pub fn layer_weights(&self, layer: u32) -> Vec<WeightName> {
+        use LayerWeight as W;
+        let mut weights = vec![W::AttentionNorm];
+        match &self.latent {
+            None => {
+                weights.extend([W::Query, W::Key, W::Value]);
+                weights.extend([W::QueryBias, W::KeyBias, W::ValueBias].iter().filter(|_| self.qkv_bias));
+                weights.extend([W::QueryNorm, W::KeyNorm].iter().filter(|_| self.qk_norm));
+            }
+            Some(latent) => {
+                match latent.query_latent_dim {
+                    None => weights.push(W::Query),
+                    Some(_) => weights.extend([W::QueryDown, W::QueryLatentNorm, W::QueryUp]),
+                }
+                weights.extend([W::LatentDown, W::LatentNorm, W::LatentUp]);
+            }
+        }
+        weights.extend([W::AttentionOutput, W::FeedForwardNorm]);
+        let experts = self.experts.as_ref().filter(|_| self.has_experts(layer));
+        match experts {
+            None => weights.extend([W::Gate, W::Up, W::Down]),
+            Some(experts) => {
+                weights.push(W::Router);
+                let shared = experts.shared_size.is_some();
+                weights.extend([W::SharedGate, W::SharedUp, W::SharedDown].iter().filter(|_| shared));
+            }
+        }
+        let own = weights.into_iter().map(|weight| WeightName::Layer(layer, weight));
+        let of_experts = (0..experts.map_or(0, |experts| experts.experts))
+            .flat_map(|expert| [W::Gate, W::Up, W::Down].map(|weight| WeightName::Expert { layer, expert, weight }));
+        own.chain(of_experts).collect()
     }
 
     /// All weights that this model needs: the embedding, each layer's in order, the final norm, and
     /// the output head unless it is tied.
     pub fn weights(&self) -> Vec<WeightName> {
         let mut out = vec![WeightName::TokenEmbedding];
-        for layer in 0..self.layers {
-            out.extend(
-                LayerWeight::ALL
-                    .into_iter()
-                    .filter(|w| match w {
-                        LayerWeight::QueryBias | LayerWeight::KeyBias | LayerWeight::ValueBias => self.qkv_bias,
-                        LayerWeight::QueryNorm | LayerWeight::KeyNorm => self.qk_norm,
-                        LayerWeight::AttentionOutputBias => false,
-                        _ => true,
-                    })
-                    .map(|w| WeightName::Layer(layer, w)),
-            );
-        }
+        out.extend((0..self.layers).flat_map(|layer| self.layer_weights(layer)));
         out.push(WeightName::OutputNorm);
         if !self.tied_embedding {
             out.push(WeightName::Output);
@@ -611,28 +758,29 @@ pub enum LayerWeight {
     Up,
     /// SwiGLU's output, `[hidden, intermediate]`.
     Down,
+    /// Projection to the queries' latent, `[query_latent, hidden]`.
+    QueryDown,
+    /// RMS norm of the queries' latent, `[query_latent]`.
+    QueryLatentNorm,
+    /// Projection of the queries' latent, `[query_heads · head_dim, query_latent]`.
+    QueryUp,
+    /// Projection to the latent and the rotated key, `[latent + rope, hidden]`.
+    LatentDown,
+    /// RMS norm of the latent, `[latent]`.
+    LatentNorm,
+    /// For each head the projections of the latent to key and value, `[query_heads · (nope + value), latent]`.
+    LatentUp,
+    /// The scores of the experts, `[experts, hidden]`.
+    Router,
+    /// Gate of the SwiGLU beside the experts, `[shared, hidden]`.
+    SharedGate,
+    /// Its other input, `[shared, hidden]`.
+    SharedUp,
+    /// Its output, `[hidden, shared]`.
+    SharedDown,
 }
 
 impl LayerWeight {
-    /// All roles, in the order in which a layer uses them.
-    pub const ALL: [Self; 15] = [
-        Self::AttentionNorm,
-        Self::Query,
-        Self::Key,
-        Self::Value,
-        Self::QueryBias,
-        Self::KeyBias,
-        Self::ValueBias,
-        Self::QueryNorm,
-        Self::KeyNorm,
-        Self::AttentionOutput,
-        Self::AttentionOutputBias,
-        Self::FeedForwardNorm,
-        Self::Gate,
-        Self::Up,
-        Self::Down,
-    ];
-
     /// The name behind `blk.N.` in GGUF files.
     pub const fn gguf_suffix(self) -> &'static str {
         match self {
@@ -651,6 +799,16 @@ impl LayerWeight {
             Self::Up => "ffn_up.weight",
             Self::Value => "attn_v.weight",
             Self::ValueBias => "attn_v.bias",
+            Self::QueryDown => "attn_q_a.weight",
+            Self::QueryLatentNorm => "attn_q_a_norm.weight",
+            Self::QueryUp => "attn_q_b.weight",
+            Self::LatentDown => "attn_kv_a_mqa.weight",
+            Self::LatentNorm => "attn_kv_a_norm.weight",
+            Self::LatentUp => "attn_kv_b.weight",
+            Self::Router => "ffn_gate_inp.weight",
+            Self::SharedGate => "ffn_gate_shexp.weight",
+            Self::SharedUp => "ffn_up_shexp.weight",
+            Self::SharedDown => "ffn_down_shexp.weight",
         }
     }
 
@@ -673,6 +831,16 @@ impl LayerWeight {
             Self::Up => "mlp.up_proj.weight",
             Self::Value => "self_attn.v_proj.weight",
             Self::ValueBias => "self_attn.v_proj.bias",
+            Self::QueryDown => "self_attn.q_a_proj.weight",
+            Self::QueryLatentNorm => "self_attn.q_a_layernorm.weight",
+            Self::QueryUp => "self_attn.q_b_proj.weight",
+            Self::LatentDown => "self_attn.kv_a_proj_with_mqa.weight",
+            Self::LatentNorm => "self_attn.kv_a_layernorm.weight",
+            Self::LatentUp => "self_attn.kv_b_proj.weight",
+            Self::Router => "mlp.gate.weight",
+            Self::SharedGate => "mlp.shared_experts.gate_proj.weight",
+            Self::SharedUp => "mlp.shared_experts.up_proj.weight",
+            Self::SharedDown => "mlp.shared_experts.down_proj.weight",
         }
     }
 }
@@ -683,6 +851,16 @@ impl LayerWeight {
 pub enum WeightName {
     /// A weight of one layer.
     Layer(u32, LayerWeight),
+    /// A weight of one expert: the gate, the other input or the output of its SwiGLU. In Hugging Face checkpoints only;
+    /// GGUF files hold the experts of a layer in one tensor.
+    Expert {
+        /// The layer.
+        layer: u32,
+        /// The expert's number.
+        expert: u32,
+        /// [`LayerWeight::Gate`], [`LayerWeight::Up`] or [`LayerWeight::Down`].
+        weight: LayerWeight,
+    },
     /// The output head, `[vocabulary, hidden]`.
     Output,
     /// The final RMS norm, `[hidden]`.
@@ -707,6 +885,13 @@ impl WeightName {
             (CheckpointFormat::HuggingFace, Self::Layer(n, w)) => {
                 format!("model.layers.{n}.{}", w.hf_suffix())
             }
+            (CheckpointFormat::Gguf, Self::Expert { layer, expert, weight }) => {
+                format!("blk.{layer}.expert.{expert}.{}", weight.gguf_suffix())
+            }
+            (CheckpointFormat::HuggingFace, Self::Expert { layer, expert, weight }) => {
+                let name = weight.hf_suffix();
+                format!("model.layers.{layer}.mlp.experts.{expert}.{}", name.strip_prefix("mlp.").unwrap_or(name))
+            }
         }
     }
 
@@ -718,16 +903,42 @@ impl WeightName {
         let head = config.head_dim as usize;
         let q = config.query_heads as usize * head;
         let kv = config.kv_heads as usize * head;
+        let heads = config.query_heads as usize;
+        let latent = |of: fn(&LatentConfig) -> u32| config.latent.as_ref().map_or(0, |latent| of(latent) as usize);
+        let query_latent = latent(|latent| latent.query_latent_dim.unwrap_or(0));
+        let experts = |of: fn(&ExpertsConfig) -> u32| config.experts.as_ref().map_or(0, |experts| of(experts) as usize);
+        let swiglu = |weight: LayerWeight, wide: usize| match weight {
+            LayerWeight::Down | LayerWeight::SharedDown => vec![hidden, wide],
+            _ => vec![wide, hidden],
+        };
         match self {
             Self::Output | Self::TokenEmbedding => vec![vocab, hidden],
             Self::OutputNorm => vec![hidden],
+            Self::Expert { weight, .. } => swiglu(weight, experts(|experts| experts.intermediate_size)),
             Self::Layer(_, w) => match w {
+                LayerWeight::QueryDown => vec![query_latent, hidden],
+                LayerWeight::QueryLatentNorm => vec![query_latent],
+                LayerWeight::QueryUp => vec![q, query_latent],
+                LayerWeight::LatentDown => vec![latent(LatentConfig::cache_dim), hidden],
+                LayerWeight::LatentNorm => vec![latent(|latent| latent.latent_dim)],
+                LayerWeight::LatentUp => {
+                    vec![
+                        heads * latent(|latent| latent.nope_dim + latent.value_dim),
+                        latent(|latent| latent.latent_dim),
+                    ]
+                }
+                LayerWeight::Router => vec![experts(|experts| experts.experts), hidden],
+                LayerWeight::SharedGate | LayerWeight::SharedUp | LayerWeight::SharedDown => {
+                    swiglu(w, experts(|experts| experts.shared_size.unwrap_or(0)))
+                }
+                LayerWeight::AttentionOutput if config.latent.is_some() => {
+                    vec![hidden, heads * latent(|latent| latent.value_dim)]
+                }
+                LayerWeight::Gate | LayerWeight::Up | LayerWeight::Down => swiglu(w, wide),
                 LayerWeight::AttentionNorm | LayerWeight::AttentionOutputBias | LayerWeight::FeedForwardNorm => {
                     vec![hidden]
                 }
                 LayerWeight::AttentionOutput => vec![hidden, q],
-                LayerWeight::Down => vec![hidden, wide],
-                LayerWeight::Gate | LayerWeight::Up => vec![wide, hidden],
                 LayerWeight::Key | LayerWeight::Value => vec![kv, hidden],
                 LayerWeight::KeyBias | LayerWeight::ValueBias => vec![kv],
                 LayerWeight::KeyNorm | LayerWeight::QueryNorm => vec![head],
@@ -738,8 +949,8 @@ impl WeightName {
     }
 }
 
-fn unsupported_architecture(file: &Path, name: &str) -> LoadError {
-    let names = Architecture::ALL.map(Architecture::name).join(", ");
+fn unsupported_architecture(file: &Path, name: &str, supported: &[Architecture]) -> LoadError {
+    let names = supported.iter().map(|one| one.name()).collect::<Vec<_>>().join(", ");
     LoadError::unsupported(file, format!("the architecture '{}' is not supported (supported: {names})", excerpt(name)))
 }
 
@@ -898,7 +1109,7 @@ fn gguf_eos(gguf: &Gguf, keys: &Keys<'_>) -> Result<Vec<u32>, LoadError> {
 
 /// A JSON object with look-ups that answer with errors naming file and field. A field that is null
 /// counts as absent.
-struct Json {
+pub(super) struct Json {
     file: PathBuf,
     prefix: String,
     map: Map<String, Value>,
@@ -921,11 +1132,11 @@ impl Json {
         self.map.get(field).filter(|v| !v.is_null())
     }
 
-    fn present(&self, field: &str) -> bool {
+    pub(super) fn present(&self, field: &str) -> bool {
         self.get(field).is_some()
     }
 
-    fn error(&self, field: &str, reason: impl Into<String>) -> LoadError {
+    pub(super) fn error(&self, field: &str, reason: impl Into<String>) -> LoadError {
         LoadError::field(&self.file, format!("{}{field}", self.prefix), reason)
     }
 
@@ -945,22 +1156,22 @@ impl Json {
         read(value).map(Some).ok_or_else(|| self.error(field, format!("{} is not {what}", excerpt(&value.to_string()))))
     }
 
-    fn optional_u32(&self, field: &str) -> Result<Option<u32>, LoadError> {
+    pub(super) fn optional_u32(&self, field: &str) -> Result<Option<u32>, LoadError> {
         self.typed(field, "an integer of 32 bits", |v| {
             let whole = v.as_f64().filter(|f| f.fract() == 0.0 && (0.0..=f64::from(u32::MAX)).contains(f));
             whole.map(|f| f as u32)
         })
     }
 
-    fn u32(&self, field: &str) -> Result<u32, LoadError> {
+    pub(super) fn u32(&self, field: &str) -> Result<u32, LoadError> {
         self.optional_u32(field)?.ok_or_else(|| self.missing(field))
     }
 
-    fn optional_f64(&self, field: &str) -> Result<Option<f64>, LoadError> {
+    pub(super) fn optional_f64(&self, field: &str) -> Result<Option<f64>, LoadError> {
         self.typed(field, "a number", Value::as_f64)
     }
 
-    fn positive(&self, field: &str) -> Result<f64, LoadError> {
+    pub(super) fn positive(&self, field: &str) -> Result<f64, LoadError> {
         let v = self.optional_f64(field)?.ok_or_else(|| self.missing(field))?;
         if v.is_finite() && v > 0.0 {
             return Ok(v);
@@ -968,15 +1179,15 @@ impl Json {
         Err(self.error(field, format!("{v} is not a positive number")))
     }
 
-    fn optional_bool(&self, field: &str) -> Result<Option<bool>, LoadError> {
+    pub(super) fn optional_bool(&self, field: &str) -> Result<Option<bool>, LoadError> {
         self.typed(field, "true or false", Value::as_bool)
     }
 
-    fn optional_str(&self, field: &str) -> Result<Option<&str>, LoadError> {
+    pub(super) fn optional_str(&self, field: &str) -> Result<Option<&str>, LoadError> {
         self.typed(field, "a string", Value::as_str)
     }
 
-    fn optional_object(&self, field: &str) -> Result<Option<Self>, LoadError> {
+    pub(super) fn optional_object(&self, field: &str) -> Result<Option<Self>, LoadError> {
         Ok(self.typed(field, "an object", Value::as_object)?.map(|map| Self {
             file: self.file.clone(),
             prefix: format!("{}{field}.", self.prefix),
@@ -1007,7 +1218,10 @@ fn hf_architecture(json: &Json) -> Result<Architecture, LoadError> {
         });
     }
     let name = json.optional_str("model_type")?.ok_or_else(|| json.missing("model_type"))?;
-    Architecture::ALL.into_iter().find(|a| a.name() == name).ok_or_else(|| unsupported_architecture(&json.file, name))
+    Architecture::ALL
+        .into_iter()
+        .find(|a| a.name() == name)
+        .ok_or_else(|| unsupported_architecture(&json.file, name, &Architecture::ALL))
 }
 
 fn hf_rope(json: &Json, head_dim: u32) -> Result<RopeConfig, LoadError> {
@@ -1095,7 +1309,7 @@ fn hf_windows(
             })
             .collect();
     }
-    if architecture == Architecture::Llama || used != Some(true) {
+    if matches!(architecture, Architecture::Llama | Architecture::DeepseekV2) || used != Some(true) {
         return Ok(full);
     }
     let first = json.optional_u32("max_window_layers")?.ok_or_else(|| json.missing("max_window_layers"))?;
@@ -1177,7 +1391,7 @@ mod tests {
             (r#"{"head_dim": 15}"#, "head dimension 15 is odd"),
             (r#"{"head_dim": 4294967294}"#, "too wide"),
             (r#"{"architectures": ["GemmaForCausalLM"]}"#, "supported: LlamaForCausalLM, Qwen2"),
-            (r#"{"architectures": null, "model_type": "gpt2"}"#, "supported: llama, qwen2, qwen3"),
+            (r#"{"architectures": null, "model_type": "gpt2"}"#, "supported: llama, qwen2, qwen3, deepseek_v2"),
             (r#"{"architectures": null}"#, "field 'model_type'"),
             (r#"{"hidden_act": "gelu"}"#, "'gelu' is not supported"),
             (r#"{"rope_scaling": {"type": "yarn", "factor": 4.0}}"#, "field 'rope_scaling.type': RoPE scaling 'yarn'"),
@@ -1235,7 +1449,7 @@ mod tests {
 
     #[test]
     fn a_gguf_configuration_of_each_architecture() {
-        for architecture in Architecture::ALL {
+        for architecture in Architecture::IN_GGUF {
             let tiny = TinyModel::new(architecture);
             let c = from_gguf(&tiny.gguf()).unwrap();
             assert_eq!(c.architecture, architecture);

@@ -14,6 +14,7 @@
 pub mod chat;
 pub mod checkpoint;
 pub mod config;
+mod deepseek;
 pub mod dequant;
 mod error;
 pub mod gguf;
@@ -28,7 +29,10 @@ pub mod tokenizer;
 
 pub use chat::{ChatMessage, ChatRole, ChatTemplate};
 pub use checkpoint::{Checkpoint, CheckpointFormat};
-pub use config::{Architecture, DecoderConfig, LayerWeight, RopeConfig, RopePairing, RopeScaling, WeightName};
+pub use config::{
+    Architecture, DecoderConfig, ExpertChoice, ExpertsConfig, LatentConfig, LayerWeight, RopeConfig, RopePairing,
+    RopeScaling, WeightName,
+};
 pub use dequant::{StoredType, dequantize};
 pub use error::LoadError;
 pub use model::ModelSource;

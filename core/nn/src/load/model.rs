@@ -2,13 +2,15 @@
 
 use std::path::{Path, PathBuf};
 
+use polyattn_api::{LayerConfig, MoeConfig};
 use polyattn_device::DType;
 use sha2::{Digest, Sha256};
 
 use super::gguf::Gguf;
 use super::map::{read_json_object, read_text};
 use super::{
-    ChatTemplate, Checkpoint, CheckpointFormat, DecoderConfig, LoadError, StoredType, TextTokenizer, WeightName,
+    ChatTemplate, Checkpoint, CheckpointFormat, DecoderConfig, LayerWeight, LoadError, StoredType, TextTokenizer,
+    WeightName,
 };
 
 /// How many bytes of each end of each tensor the fingerprint covers.
@@ -36,6 +38,36 @@ pub struct ModelSource {
 }
 
 impl ModelSource {
+    /// The kinds of its attention layers, as the selector sees them, and for each layer the place of its kind. A kind has
+    /// experts where one of its layers has.
+    ///
+    /// # Errors
+    /// Experts that the checkpoint does not have.
+    pub fn attention_layers(&self) -> Result<(Vec<LayerConfig>, Vec<usize>), LoadError> {
+        let (mut kinds, places) = self.config.attention_layers();
+        let Some(experts) = &self.config.experts else { return Ok((kinds, places)) };
+        for (layer, place) in (0..).zip(&places).filter(|(layer, _)| self.config.has_experts(*layer)) {
+            let kind = &mut kinds[*place];
+            if kind.moe.is_some() {
+                continue;
+            }
+            let name = WeightName::Expert { layer, expert: 0, weight: LayerWeight::Gate };
+            let dtype = match self.checkpoint.dtype(&name.in_format(self.checkpoint.format()))? {
+                StoredType::F32 => DType::F32,
+                StoredType::BF16 => DType::BF16,
+                _ => DType::F16,
+            };
+            kind.moe = Some(MoeConfig {
+                experts: experts.experts,
+                experts_per_token: experts.per_token,
+                hidden_size: self.config.hidden_size,
+                intermediate_size: experts.intermediate_size,
+                dtype: Some(dtype),
+            });
+        }
+        Ok((kinds, places))
+    }
+
     /// The format of queries and cache: f32 for a model of f32 weights, otherwise f16.
     ///
     /// # Errors
@@ -212,7 +244,7 @@ fn fingerprint(checkpoint: &Checkpoint) -> Result<String, LoadError> {
 #[cfg(test)]
 #[allow(clippy::unwrap_used, reason = "a failing test may panic")]
 mod tests {
-    use super::super::config::{Architecture, LayerWeight, RopePairing, WeightName};
+    use super::super::config::{Architecture, RopePairing, WeightName};
     use super::super::tiny::{TinyModel, cached_model};
     use super::super::{ChatMessage, StoredType};
     use super::*;
@@ -241,7 +273,7 @@ mod tests {
 
     #[test]
     fn both_formats_of_one_model_agree() {
-        for architecture in Architecture::ALL {
+        for architecture in Architecture::IN_GGUF {
             let mut tiny = TinyModel::new(architecture);
             tiny.tied_embedding = architecture != Architecture::Qwen2;
             let dir = tempfile::tempdir().unwrap();

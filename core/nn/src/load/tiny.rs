@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 
 use ::safetensors::Dtype;
 use ::safetensors::tensor::TensorView;
-use serde_json::json;
+use serde_json::{Map, Value, json};
 
-use super::config::{Architecture, LayerWeight, WeightName};
+use super::config::{Architecture, DecoderConfig, LayerWeight, WeightName};
 use super::dequant::quantize;
 use super::gguf::{GgufArray, GgufValue};
 use super::gguf_write::GgufWriter;
@@ -48,6 +48,8 @@ pub struct TinyModel {
     pub ty: StoredType,
     /// Another seed gives other weights.
     pub seed: u64,
+    /// Fields of `config.json` that one family alone has.
+    pub more: Map<String, Value>,
 }
 
 impl TinyModel {
@@ -67,6 +69,37 @@ impl TinyModel {
             tied_embedding: true,
             ty: StoredType::F32,
             seed: 1,
+            more: Map::new(),
+        }
+    }
+
+    /// A DeepSeek-V2-style model of three layers: latent attention of 4 heads over a latent of 32 and a rotated key of 8
+    /// elements, and with `experts` 8 of them behind the first layer, 3 to a token, beside one that all share. It has a
+    /// Hugging Face folder alone.
+    pub fn deepseek(experts: bool) -> Self {
+        let mut more = json!({
+            "q_lora_rank": null, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 24,
+        });
+        if experts {
+            more = json!({
+                "q_lora_rank": 24, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 24,
+                "n_routed_experts": 8, "num_experts_per_tok": 3, "n_shared_experts": 1, "moe_intermediate_size": 40,
+                "first_k_dense_replace": 1, "moe_layer_freq": 1, "norm_topk_prob": false, "topk_method": "greedy",
+                "scoring_func": "softmax", "routed_scaling_factor": 1.5,
+            });
+        }
+        let more = more.as_object().cloned().unwrap_or_default();
+        Self { layers: 3, kv_heads: 4, more, ..Self::new(Architecture::DeepseekV2) }
+    }
+
+    /// Its configuration.
+    ///
+    /// # Panics
+    /// If the fields contradict each other.
+    pub fn config(&self) -> DecoderConfig {
+        match DecoderConfig::from_hf_json(Path::new("config.json"), &self.config_json()) {
+            Ok(config) => config,
+            Err(error) => panic!("{error}"),
         }
     }
 
@@ -87,31 +120,17 @@ impl TinyModel {
 
     /// All weights with their row-major shapes, in the row order of Hugging Face checkpoints.
     pub fn weights(&self) -> Vec<(WeightName, Vec<usize>, Vec<f32>)> {
-        let bias = self.architecture == Architecture::Qwen2;
-        let norms = self.architecture == Architecture::Qwen3;
+        let config = self.config();
         let mut names = vec![WeightName::TokenEmbedding, WeightName::OutputNorm];
         if !self.tied_embedding {
             names.push(WeightName::Output);
         }
-        for layer in 0..self.layers {
-            names.extend(
-                LayerWeight::ALL
-                    .into_iter()
-                    .filter(|w| match w {
-                        LayerWeight::QueryBias | LayerWeight::KeyBias | LayerWeight::ValueBias => bias,
-                        LayerWeight::QueryNorm | LayerWeight::KeyNorm => norms,
-                        // Drafters alone have one.
-                        LayerWeight::AttentionOutputBias => false,
-                        _ => true,
-                    })
-                    .map(|w| WeightName::Layer(layer as u32, w)),
-            );
-        }
+        names.extend((0..config.layers).flat_map(|layer| config.layer_weights(layer)));
         let mut random = Random(self.seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
         names
             .into_iter()
             .map(|name| {
-                let shape = self.shape(name);
+                let shape = name.shape(&config);
                 let count = shape.iter().product();
                 let values = match (shape.len(), name) {
                     (2, WeightName::TokenEmbedding) => random.values(count, 1.0),
@@ -128,34 +147,12 @@ impl TinyModel {
             .collect()
     }
 
-    fn shape(&self, name: WeightName) -> Vec<usize> {
-        let (hidden, wide) = (self.hidden_size, self.intermediate_size);
-        let q = self.query_heads * self.head_dim;
-        let kv = self.kv_heads * self.head_dim;
-        match name {
-            WeightName::TokenEmbedding | WeightName::Output => vec![self.vocab_size(), hidden],
-            WeightName::OutputNorm => vec![hidden],
-            WeightName::Layer(_, w) => match w {
-                LayerWeight::AttentionNorm | LayerWeight::AttentionOutputBias | LayerWeight::FeedForwardNorm => {
-                    vec![hidden]
-                }
-                LayerWeight::AttentionOutput => vec![hidden, q],
-                LayerWeight::Down => vec![hidden, wide],
-                LayerWeight::Gate | LayerWeight::Up => vec![wide, hidden],
-                LayerWeight::Key | LayerWeight::Value => vec![kv, hidden],
-                LayerWeight::KeyBias | LayerWeight::ValueBias => vec![kv],
-                LayerWeight::KeyNorm | LayerWeight::QueryNorm => vec![self.head_dim],
-                LayerWeight::Query => vec![q, hidden],
-                LayerWeight::QueryBias => vec![q],
-            },
-        }
-    }
-
     /// The model as a GGUF file that can still be changed.
     ///
     /// # Panics
-    /// If `ty` is one of the K types, or rows are not whole blocks of it.
+    /// If `ty` is one of the K types, rows are not whole blocks of it, or the architecture is not read from GGUF files.
     pub fn gguf(&self) -> GgufWriter {
+        assert!(Architecture::IN_GGUF.contains(&self.architecture), "{:?} in a GGUF file", self.architecture);
         let name = self.architecture.name();
         let mut w = GgufWriter::new();
         let text = |s: &str| GgufValue::String(s.to_owned());
@@ -232,7 +229,7 @@ impl TinyModel {
 
     /// `config.json`.
     pub fn config_json(&self) -> String {
-        json!({
+        let mut config = json!({
             "architectures": [self.architecture.hf_class()],
             "model_type": self.architecture.name(),
             "hidden_size": self.hidden_size,
@@ -249,8 +246,11 @@ impl TinyModel {
             "tie_word_embeddings": self.tied_embedding,
             "bos_token_id": 1,
             "eos_token_id": 2,
-        })
-        .to_string()
+        });
+        if let Some(fields) = config.as_object_mut() {
+            fields.extend(self.more.clone());
+        }
+        config.to_string()
     }
 
     /// `tokenizer.json`.

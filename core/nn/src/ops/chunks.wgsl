@@ -10,6 +10,13 @@ struct Params {
     accumulate: u32,
     row_tiles: u32,
     eps: f32,
+//if !SINGLE
+    // Parts of a row (or pairs to a row of x), elements from one part to the next, and the element where the first
+    // matrix begins.
+    count: u32,
+    x_stride: u32,
+    base: u32,
+//end
 }
 var<immediate> p: Params;
 
@@ -58,6 +65,11 @@ fn w_chunk(row: u32, col: u32) -> Chunk {
 //end
 
 @group(0) @binding(2) var<storage, read_write> y: array<f32>;
+
+//if EXPERTS
+@group(0) @binding(3) var<storage, read> order: array<u32>;
+@group(0) @binding(4) var<storage, read> tiles: array<vec4<u32>>;
+//end
 
 //if NORM
 //if ALIGNED

@@ -8,10 +8,11 @@ use polyattn_device::{BufferSlice, DType, DeviceError};
 use rayon::prelude::*;
 
 use super::{
-    LinearCall, Matrix, Norm, OpError, RopeCall, SwigluCall,
+    CombineCall, CopyCall, ExpertRows, ExpertsCall, HeadsCall, LinearCall, Matrix, Norm, OpError, RopeCall, RouteCall,
+    SwigluCall,
     dot::{self, Columns, Weights},
 };
-use crate::load::RopePairing;
+use crate::load::{ExpertChoice, RopePairing};
 
 /// Up to this many rows, products are formed row by row; beyond, by the gemm crate over widened panels.
 const MOST_DOT_ROWS: usize = 64;
@@ -114,6 +115,17 @@ pub(super) fn rms_norm(x: BufferSlice<'_>, norm: Norm<'_>, rows: u32, out: Buffe
     read!(weight, f32, norm.weight.buffer.whole(), norm.weight.len as usize);
     write!(out, f32, out, count);
     norm_rows(x, weight, norm.eps, out);
+    Ok(())
+}
+
+pub(super) fn norm_columns(x: BufferSlice<'_>, stride: u32, norm: Norm<'_>, rows: u32) -> Result<(), OpError> {
+    let (rows, stride, cols) = (rows as usize, stride as usize, norm.weight.len as usize);
+    read!(weight, f32, norm.weight.buffer.whole(), cols);
+    write!(x, f32, x, (rows - 1) * stride + cols);
+    for row in x.chunks_mut(stride) {
+        let scale = scale(&row[..cols], norm.eps);
+        row.iter_mut().zip(weight).for_each(|(x, weight)| *x = *x * scale * weight);
+    }
     Ok(())
 }
 
@@ -282,16 +294,16 @@ fn rope_to<T: Narrow>(call: &RopeCall<'_>) -> Result<(), OpError> {
             let scale = scale(head, eps);
             head.iter_mut().zip(weight).for_each(|(value, weight)| *value = *value * scale * weight);
         }
-        let pairs = call.table.dim as usize / 2;
+        let (pairs, first) = (call.table.dim as usize / 2, call.table.first as usize);
         let at = position.min(call.table.positions - 1) as usize * 2 * pairs;
         for (pair, angle) in table[at..at + 2 * pairs].as_chunks::<2>().0.iter().enumerate() {
             let (a, b) = match call.pairing {
-                RopePairing::Interleaved => (2 * pair, 2 * pair + 1),
-                RopePairing::HalfSplit => (pair, pair + pairs),
+                RopePairing::Interleaved => (first + 2 * pair, first + 2 * pair + 1),
+                RopePairing::HalfSplit => (first + pair, first + pair + pairs),
             };
-            let (first, second) = (head[a], head[b]);
-            head[a] = first * angle[0] - second * angle[1];
-            head[b] = second * angle[0] + first * angle[1];
+            let (left, right) = (head[a], head[b]);
+            head[a] = left * angle[0] - right * angle[1];
+            head[b] = right * angle[0] + left * angle[1];
         }
     };
     let one = |row: &mut [f32], mut queries: Option<&mut [T]>, position: u32| {
@@ -461,19 +473,189 @@ pub(super) fn add_silu(
     Ok(())
 }
 
-pub(super) fn copy_columns(
-    x: BufferSlice<'_>,
-    cols: u32,
-    rows: u32,
-    out: BufferSlice<'_>,
-    stride: u32,
-    offset: u32,
-) -> Result<(), OpError> {
-    let (rows, cols, stride, offset) = (rows as usize, cols as usize, stride as usize, offset as usize);
-    read!(x, f32, x, rows * cols);
-    write!(out, f32, out, (rows - 1) * stride + offset + cols);
-    for (out, x) in out.chunks_mut(stride).zip(x.chunks_exact(cols)) {
-        out[offset..offset + cols].copy_from_slice(x);
+pub(super) fn copy_between(call: &CopyCall<'_>) -> Result<(), OpError> {
+    let (rows, cols) = (call.rows as usize, call.cols as usize);
+    let (x_stride, x_offset) = (call.x_stride as usize, call.x_offset as usize);
+    let (stride, offset) = (call.out_stride as usize, call.out_offset as usize);
+    read!(x, f32, call.x, (rows - 1) * x_stride + x_offset + cols);
+    write!(out, f32, call.out, (rows - 1) * stride + offset + cols);
+    for (out, x) in out.chunks_mut(stride).zip(x.chunks(x_stride)) {
+        out[offset..offset + cols].copy_from_slice(&x[x_offset..x_offset + cols]);
+    }
+    Ok(())
+}
+
+/// The products of contiguous rows `x` with one of several matrices, whose first output is row `first` of `weights`:
+/// `[rows, outputs]`, gated where `outputs` gates are followed by as many ups.
+fn one_of_several(weights: Weights<'_>, first: usize, outputs: usize, gated: bool, x: &[f32], cols: usize) -> Vec<f32> {
+    let rows = x.len() / cols;
+    let sums = |range: Range<usize>| {
+        let mut sums = vec![0.0; rows * range.len()];
+        dot::dots(weights, first + range.start..first + range.end, x, cols, &mut sums);
+        if gated {
+            let mut ups = vec![0.0; rows * range.len()];
+            dot::dots(weights, first + outputs + range.start..first + outputs + range.end, x, cols, &mut ups);
+            dot::gated(&mut sums, &ups);
+        }
+        sums
+    };
+    if rows * cols * outputs < SERIAL {
+        return sums(0..outputs);
+    }
+    let width = outputs.div_ceil(4 * rayon::current_num_threads()).next_multiple_of(dot::OUTPUTS);
+    let starts: Vec<usize> = (0..outputs).step_by(width).collect();
+    let parts: Vec<Vec<f32>> = starts.par_iter().map(|start| sums(*start..outputs.min(start + width))).collect();
+    let mut all = vec![0.0; rows * outputs];
+    for (start, part) in starts.iter().zip(parts) {
+        let width = part.len() / rows;
+        for (row, part) in all.chunks_exact_mut(outputs).zip(part.chunks_exact(width)) {
+            row[*start..start + width].copy_from_slice(part);
+        }
+    }
+    all
+}
+
+pub(super) fn linear_by_head(call: &HeadsCall<'_>, outputs: u32) -> Result<(), OpError> {
+    let (rows, heads, cols) = (call.rows as usize, call.heads as usize, call.weight.cols as usize);
+    let (x_stride, out_stride, outputs) = (call.x_stride as usize, call.out_stride as usize, outputs as usize);
+    let matrix = outputs * if call.gated { 2 } else { 1 };
+    read!(x, f32, call.x, (rows * heads - 1) * x_stride + cols);
+    write!(out, f32, call.out, (rows * heads - 1) * out_stride + outputs);
+    weights(call.weight, |weights| {
+        let answers: Vec<Vec<f32>> = (0..heads)
+            .into_par_iter()
+            .map(|head| {
+                let parts = (0..rows).map(|row| &x[(row * heads + head) * x_stride..][..cols]);
+                let x: Vec<f32> = parts.flatten().copied().collect();
+                one_of_several(weights, (call.first as usize + head) * matrix, outputs, call.gated, &x, cols)
+            })
+            .collect();
+        for (head, answers) in answers.iter().enumerate() {
+            for (row, answer) in answers.chunks_exact(outputs).enumerate() {
+                out[(row * heads + head) * out_stride..][..outputs].copy_from_slice(answer);
+            }
+        }
+    })?;
+    Ok(())
+}
+
+pub(super) fn linear_by_expert(call: &ExpertsCall<'_>, outputs: u32) -> Result<(), OpError> {
+    let (pairs, cols, outputs) = (call.rows.pairs as usize, call.weight.cols as usize, outputs as usize);
+    let (share, matrix) = (call.share as usize, outputs * if call.gated { 2 } else { 1 });
+    read!(x, f32, call.x, pairs.div_ceil(share) * cols);
+    read!(order, u32, call.rows.memory.order.whole(), pairs);
+    read!(tiles, u32, call.rows.memory.tiles.whole(), 4 * call.rows.tiles as usize);
+    write!(out, f32, call.out, pairs * outputs);
+    weights(call.weight, |weights| {
+        let answers: Vec<(&[u32], Vec<f32>)> = tiles
+            .as_chunks::<4>()
+            .0
+            .par_iter()
+            .map(|[expert, first, count, _]| {
+                let pairs = &order[*first as usize..(first + count) as usize];
+                let rows = pairs.iter().map(|pair| &x[*pair as usize / share * cols..][..cols]);
+                let x: Vec<f32> = rows.flatten().copied().collect();
+                (pairs, one_of_several(weights, *expert as usize * matrix, outputs, call.gated, &x, cols))
+            })
+            .collect();
+        for (pairs, answers) in answers {
+            for (pair, answer) in pairs.iter().zip(answers.chunks_exact(outputs)) {
+                out[*pair as usize * outputs..][..outputs].copy_from_slice(answer);
+            }
+        }
+    })?;
+    Ok(())
+}
+
+pub(super) fn route(call: &RouteCall<'_>) -> Result<(), OpError> {
+    let (rows, experts, per_token) = (call.rows as usize, call.experts as usize, call.per_token as usize);
+    read!(scores, f32, call.scores, rows * experts);
+    write!(ids, u32, call.ids, rows * per_token);
+    write!(weights, f32, call.weights, rows * per_token);
+    let mut shares = vec![0.0f32; experts];
+    for (row, scores) in scores.chunks_exact(experts).enumerate() {
+        let most = scores.iter().copied().fold(f32::MIN, f32::max);
+        shares.iter_mut().zip(scores).for_each(|(share, score)| *share = (score - most).exp());
+        let sum: f32 = shares.iter().sum();
+        shares.iter_mut().for_each(|share| *share /= sum);
+        if let ExpertChoice::GroupLimited { groups, chosen } = call.choice {
+            let size = experts / groups as usize;
+            let best = |group: &[f32]| group.iter().copied().fold(-1.0, f32::max);
+            let mut bests: Vec<f32> = shares.chunks_exact(size).map(best).collect();
+            for _ in 0..chosen {
+                let place = best_of(&bests).unwrap_or(0);
+                bests[place] = -2.0;
+            }
+            let closed = shares.chunks_exact_mut(size).zip(bests).filter(|(_, best)| *best != -2.0);
+            closed.for_each(|(group, _)| group.fill(-1.0));
+        }
+        let range = row * per_token..(row + 1) * per_token;
+        let (ids, weights) = (&mut ids[range.clone()], &mut weights[range]);
+        for (id, weight) in ids.iter_mut().zip(&mut *weights) {
+            // Where the scores are NaN nobody is best; the weight then says so.
+            let (place, share) = match best_of(&shares).filter(|place| shares[*place] > -0.5) {
+                Some(place) => (place, shares[place]),
+                None => (experts - 1, sum),
+            };
+            (*id, *weight) = (place as u32, share);
+            shares[place] = -1.0;
+        }
+        let total = weights.iter().sum::<f32>() + 1e-20;
+        weights
+            .iter_mut()
+            .for_each(|weight| *weight = if call.normalize { *weight / total } else { *weight * call.scale });
+    }
+    Ok(())
+}
+
+/// The place of the largest element, the first of equal ones; NaN is none.
+fn best_of(values: &[f32]) -> Option<usize> {
+    let mut best: Option<usize> = None;
+    for (place, value) in values.iter().enumerate().filter(|(_, value)| !value.is_nan()) {
+        if best.is_none_or(|best| *value > values[best]) {
+            best = Some(place);
+        }
+    }
+    best
+}
+
+/// One tile for each expert that serves anybody, as there is no workgroup that it would have to suit.
+pub(super) fn sort_by_expert(ids: BufferSlice<'_>, rows: &ExpertRows<'_>) -> Result<(), OpError> {
+    let pairs = rows.pairs as usize;
+    read!(ids, u32, ids, pairs);
+    write!(order, u32, rows.memory.order.whole(), pairs);
+    write!(tiles, u32, rows.memory.tiles.whole(), 4 * rows.tiles as usize);
+    order.iter_mut().zip(0..).for_each(|(place, pair)| *place = pair);
+    order.sort_by_key(|pair| ids[*pair as usize]);
+    tiles.fill(0);
+    let mut first = 0;
+    for (tile, pairs) in
+        tiles.as_chunks_mut::<4>().0.iter_mut().zip(order.chunk_by(|a, b| ids[*a as usize] == ids[*b as usize]))
+    {
+        *tile = [ids[pairs[0] as usize], first, pairs.len() as u32, 0];
+        first += pairs.len() as u32;
+    }
+    Ok(())
+}
+
+pub(super) fn combine(call: &CombineCall<'_>) -> Result<(), OpError> {
+    let (rows, cols, per_token) = (call.rows as usize, call.cols as usize, call.per_token as usize);
+    read!(answers, f32, call.answers, rows * cols * if call.expert.is_some() { 1 } else { per_token });
+    read!(ids, u32, call.ids, rows * per_token);
+    read!(weights, f32, call.weights, rows * per_token);
+    write!(out, f32, call.out, rows * cols);
+    for (row, out) in out.chunks_exact_mut(cols).enumerate() {
+        let mut sums = vec![0.0f32; cols];
+        for pair in row * per_token..(row + 1) * per_token {
+            let place = match call.expert {
+                Some(expert) if ids[pair] != expert => continue,
+                Some(_) => row,
+                None => pair,
+            };
+            let answer = &answers[place * cols..][..cols];
+            sums.iter_mut().zip(answer).for_each(|(sum, answer)| *sum = weights[pair].mul_add(*answer, *sum));
+        }
+        out.iter_mut().zip(sums).for_each(|(out, sum)| *out += sum);
     }
     Ok(())
 }

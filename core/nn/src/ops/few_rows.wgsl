@@ -4,6 +4,10 @@
 // The order in which a row's sum is formed depends on the number of columns and lanes alone, never on $ROWS: chunks
 // c, c + lanes, … in one lane, then the halving of `reduce`. That gives a row the same bits in every variant.
 //
+// HEADS and EXPERTS: the matrix is one of several. With HEADS `workgroup.z` says which, and rows of x and y are made of
+// `p.count` parts, one for each matrix. With EXPERTS the row tiles lie in memory: a matrix and some of its pairs of a row
+// of x, which `p.count` pairs share, and a row of y.
+//
 // Norm: the weights are multiplied with the norm's, and the row's scale is applied to the finished sum.
 
 // Which row of the matrix is the i-th that this group reads.
@@ -39,12 +43,32 @@ fn main(
     let lane = local % $LANESu;
 //end
     let tile = workgroup.x + workgroup.y * workgroups.x;
+//if EXPERTS
+    let work = tiles[tile % p.row_tiles];
+    if (work.z == 0u) {
+        return;
+    }
+    let matrix = work.x;
+//end
+//if HEADS
+    let matrix = workgroup.z;
+//end
+//if !EXPERTS
     let row0 = (tile % p.row_tiles) * $ROWSu;
+//end
     let out0 = ((tile / p.row_tiles) * $GROUPSu + group) * $OUTSu;
 
     // Rows and outputs beyond the last repeat it and are not stored.
 //for r ROWS
+//if SINGLE
     let x_row_$r = min(row0 + $ru, p.rows - 1u) * p.cols;
+//end
+//if HEADS
+    let x_row_$r = (min(row0 + $ru, p.rows - 1u) * p.count + matrix) * p.x_stride;
+//end
+//if EXPERTS
+    let x_row_$r = order[work.y + min($ru, work.z - 1u)] / p.count * p.x_stride;
+//end
 //for i WEIGHTS
     var sum_$r_$i = 0.0;
 //end
@@ -53,7 +77,12 @@ fn main(
 //end
 //end
 //for i WEIGHTS
+//if SINGLE
     let w_row_$i = weight_row(out0, $iu) * p.cols;
+//end
+//if !SINGLE
+    let w_row_$i = p.base + (matrix * p.outs * $PARTSu + weight_row(out0, $iu)) * p.cols;
+//end
 //end
 
     let last = (p.cols - 1u) / 8u;
@@ -96,11 +125,25 @@ fn main(
 //for j STORES
     {
         let index = (lane >> $SHIFTu) * $STORESu + $ju;
-        let row = row0 + index / $OUTSu;
         let out = out0 + index % $OUTSu;
+//if SINGLE
+        let row = row0 + index / $OUTSu;
         if (stores && row < p.rows && out < p.outs) {
             put(row, out, total_$j, scale_$j);
         }
+//end
+//if HEADS
+        let row = row0 + index / $OUTSu;
+        if (stores && row < p.rows && out < p.outs) {
+            put(row * p.count + matrix, out, total_$j, scale_$j);
+        }
+//end
+//if EXPERTS
+        let place = index / $OUTSu;
+        if (stores && place < work.z && out < p.outs) {
+            put(order[work.y + place], out, total_$j, scale_$j);
+        }
+//end
     }
 //end
 }

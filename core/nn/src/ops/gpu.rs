@@ -5,10 +5,11 @@ use std::ops::Range;
 use polyattn_device::{BufferSlice, Commands, DType, Device, DeviceError, Pipeline, PipelineSpec};
 
 use super::{
-    INVARIANT_ROWS, LinearCall, Matrix, Norm, OpError, RopeCall, SwigluCall, Vector,
-    shader::{self, Few, Product, Rope, Source},
+    CombineCall, CopyCall, ExpertRows, ExpertsCall, HeadsCall, INVARIANT_ROWS, LinearCall, Matrix, Norm, OpError,
+    RopeCall, RouteCall, SwigluCall, Vector,
+    shader::{self, Few, Product, Rope, Source, Stack},
 };
-use crate::load::RopePairing;
+use crate::load::{ExpertChoice, RopePairing};
 
 /// Groups of lanes that keep a large GPU busy: below it, rows are spread over more of them.
 const BUSY_GROUPS: u32 = 512;
@@ -122,11 +123,24 @@ pub(super) fn rms_norm(
     rows: u32,
     out: BufferSlice<'_>,
 ) -> Result<(), OpError> {
-    let pipeline = pipeline(commands, "rms norm", 0, shader::rms_norm)?;
-    let params = [rows, norm.weight.len, norm.eps.to_bits()];
+    let pipeline = pipeline(commands, "rms norm", 0, || shader::rms_norm(false))?;
+    let params = [rows, norm.weight.len, norm.weight.len, norm.eps.to_bits()];
     let workgroups = spread(commands, rows.into())?;
     let slices = [x, norm.weight.buffer.whole(), out];
     Ok(commands.dispatch(&pipeline, &slices, bytemuck::bytes_of(&params), workgroups)?)
+}
+
+pub(super) fn norm_columns(
+    commands: &mut Commands,
+    x: BufferSlice<'_>,
+    stride: u32,
+    norm: Norm<'_>,
+    rows: u32,
+) -> Result<(), OpError> {
+    let pipeline = pipeline(commands, "norm of columns", 0, || shader::rms_norm(true))?;
+    let params = [rows, norm.weight.len, stride, norm.eps.to_bits()];
+    let workgroups = spread(commands, rows.into())?;
+    Ok(commands.dispatch(&pipeline, &[x, norm.weight.buffer.whole()], bytemuck::bytes_of(&params), workgroups)?)
 }
 
 pub(super) fn linear(commands: &mut Commands, call: &LinearCall<'_>) -> Result<(), OpError> {
@@ -189,30 +203,22 @@ impl ProductCall<'_> {
     fn record(&self, commands: &mut Commands) -> Result<(), OpError> {
         let product = Product {
             dtype: self.weight.dtype,
+            stack: Stack::Single,
             aligned: self.weight.cols.is_multiple_of(8),
             paired: self.paired,
             norm: self.norm.is_some(),
             bias: self.bias.is_some(),
         };
-        let flags = bits([
-            dtype_code(product.dtype),
-            u64::from(product.aligned)
-                | u64::from(product.paired) << 1
-                | u64::from(product.norm) << 2
-                | u64::from(product.bias) << 3,
-        ]);
         let (pipeline, workgroups, row_tiles) = if self.rows <= INVARIANT_ROWS {
-            let few = self.few(commands.device(), product);
-            let [rows, lanes, groups, unroll] = [few.rows, few.lanes, few.groups, few.unroll].map(u64::from);
-            let variant = bits([flags >> 8, flags & 0xff, rows, lanes, groups, unroll, few.subgroups.into()]);
+            let few = few(commands.device(), product, self.rows, self.outputs, self.weight.cols);
             let row_tiles = self.rows.div_ceil(few.rows);
             let tiles = u64::from(self.outputs.div_ceil(few.outputs() * few.groups)) * u64::from(row_tiles);
-            let pipeline = pipeline(commands, "product of few rows", variant, || shader::few_rows(&few))?;
-            (pipeline, spread(commands, tiles)?, row_tiles)
+            (few_pipeline(commands, &few)?, spread(commands, tiles)?, row_tiles)
         } else {
             let tile = if self.paired { shader::TILE / 2 } else { shader::TILE };
             let workgroups = [self.outputs.div_ceil(tile), self.rows.div_ceil(shader::TILE), 1];
-            let pipeline = pipeline(commands, "product of many rows", flags, || shader::many_rows(&product))?;
+            let name = "product of many rows";
+            let pipeline = pipeline(commands, name, product_code(&product), || shader::many_rows(&product))?;
             (pipeline, workgroups, 0)
         };
         let params = [
@@ -234,32 +240,173 @@ impl ProductCall<'_> {
         }
         Ok(commands.dispatch(&pipeline, &slices[..used], bytemuck::bytes_of(&params), workgroups)?)
     }
+}
 
-    /// The variant of the few-rows kernel for this call. Lanes depend on the device alone, see `few_rows.wgsl`.
-    fn few(&self, device: &Device, product: Product) -> Few {
-        let facts = device.facts();
-        let subgroups = facts.has("subgroups")
-            && facts.subgroup_min == facts.subgroup_max
-            && facts.subgroup_min.is_power_of_two()
-            && (4..=128).contains(&facts.subgroup_min);
-        let lanes = if subgroups { facts.subgroup_min } else { 32 };
-        let mut few = Few { product, rows: 1, lanes, groups: 1, unroll: 1, subgroups };
-        few.rows = self.rows.next_power_of_two().min(shader::MOST_ROWS);
-        let groups = |few: &Few| self.outputs.div_ceil(few.outputs()) * self.rows.div_ceil(few.rows);
-        while few.rows > 4 && groups(&few) < BUSY_GROUPS {
-            few.rows /= 2;
-        }
-        // Small matrices are spread over the whole GPU, large ones use few, larger workgroups.
-        if !subgroups {
-            few.groups = 2;
-        } else if groups(&few) > 2 * BUSY_GROUPS {
-            few.groups = (128 / lanes).max(1);
-        }
-        // With many rows the registers hold sums rather than weights on their way.
-        let chunks = self.weight.cols.div_ceil(8).div_ceil(lanes);
-        few.unroll = chunks.min(if few.rows <= 4 { 6 } else { 3 });
-        few
+fn product_code(product: &Product) -> u64 {
+    bits([
+        dtype_code(product.dtype),
+        u64::from(product.aligned)
+            | u64::from(product.paired) << 1
+            | u64::from(product.norm) << 2
+            | u64::from(product.bias) << 3
+            | (product.stack as u64) << 4,
+    ])
+}
+
+fn few_pipeline(commands: &Commands, few: &Few) -> Result<Pipeline, DeviceError> {
+    let [rows, lanes, groups, unroll] = [few.rows, few.lanes, few.groups, few.unroll].map(u64::from);
+    let flags = product_code(&few.product);
+    let variant = bits([flags >> 8, flags & 0xff, rows, lanes, groups, unroll, few.subgroups.into()]);
+    pipeline(commands, "product of few rows", variant, || shader::few_rows(few))
+}
+
+/// The variant of the few-rows kernel for so many rows and outputs. Lanes depend on the device alone, see
+/// `few_rows.wgsl`.
+fn few(device: &Device, product: Product, rows: u32, outputs: u32, cols: u32) -> Few {
+    let facts = device.facts();
+    let subgroups = facts.has("subgroups")
+        && facts.subgroup_min == facts.subgroup_max
+        && facts.subgroup_min.is_power_of_two()
+        && (4..=128).contains(&facts.subgroup_min);
+    let lanes = if subgroups { facts.subgroup_min } else { 32 };
+    let mut few = Few { product, rows: 1, lanes, groups: 1, unroll: 1, subgroups };
+    few.rows = rows.next_power_of_two().min(shader::MOST_ROWS);
+    let groups = |few: &Few| outputs.div_ceil(few.outputs()) * rows.div_ceil(few.rows);
+    while few.rows > 4 && groups(&few) < BUSY_GROUPS {
+        few.rows /= 2;
     }
+    // Small matrices are spread over the whole GPU, large ones use few, larger workgroups.
+    if !subgroups {
+        few.groups = 2;
+    } else if groups(&few) > 2 * BUSY_GROUPS {
+        few.groups = (128 / lanes).max(1);
+    }
+    // With many rows the registers hold sums rather than weights on their way.
+    let chunks = cols.div_ceil(8).div_ceil(lanes);
+    few.unroll = chunks.min(if few.rows <= 4 { 6 } else { 3 });
+    few
+}
+
+/// The part of a matrix that holds rows of a range, as little of it as can be bound where it cannot be bound whole, and
+/// the element of that part where the range begins.
+fn rows_of<'a>(device: &Device, matrix: &'a Matrix, rows: Range<u64>) -> Result<(BufferSlice<'a>, u32), OpError> {
+    let limits = &device.facts().limits;
+    let row = u64::from(matrix.cols) * matrix.dtype.bytes();
+    let all = u64::from(matrix.rows) * row;
+    let start = match all <= limits.binding_bytes {
+        true => 0,
+        false => {
+            rows.start * row / u64::from(limits.offset_alignment.max(1)) * u64::from(limits.offset_alignment.max(1))
+        }
+    };
+    let end = if start == 0 && all <= limits.binding_bytes { all } else { rows.end * row };
+    if end - start > limits.binding_bytes {
+        return Err(DeviceError::Limit {
+            what: matrix.buffer.label().to_owned(),
+            needed: end - start,
+            allowed: limits.binding_bytes,
+            unit: "bytes in one binding",
+            device: device.facts().name.clone(),
+        }
+        .into());
+    }
+    // Within a matrix of fewer than 2³² elements.
+    Ok((matrix.buffer.slice(start, end - start)?, ((rows.start * row - start) / matrix.dtype.bytes()) as u32))
+}
+
+pub(super) fn linear_by_head(commands: &mut Commands, call: &HeadsCall<'_>, outputs: u32) -> Result<(), OpError> {
+    let weight = call.weight;
+    let product = Product {
+        dtype: weight.dtype,
+        stack: Stack::Heads,
+        aligned: weight.cols.is_multiple_of(8) && call.x_stride.is_multiple_of(4),
+        paired: call.gated,
+        norm: false,
+        bias: false,
+    };
+    let few = few(commands.device(), product, call.rows, outputs, weight.cols);
+    let rows = u64::from(weight.rows / call.matrices);
+    let range = u64::from(call.first) * rows..(u64::from(call.first) + u64::from(call.heads)) * rows;
+    let (part, base) = rows_of(commands.device(), weight, range)?;
+    let row_tiles = call.rows.div_ceil(few.rows);
+    let tiles = u64::from(outputs.div_ceil(few.outputs() * few.groups)) * u64::from(row_tiles);
+    let mut workgroups = spread(commands, tiles)?;
+    workgroups[2] = call.heads;
+    let allowed = commands.device().facts().limits.workgroups_per_dimension;
+    if call.heads > allowed {
+        return Err(OpError::Shape(format!("{} heads, the device takes {allowed}", call.heads)));
+    }
+    let (out_stride, x_stride) = (call.out_stride, call.x_stride);
+    let params = [call.rows, weight.cols, outputs, 0, out_stride, 0, row_tiles, 0, call.heads, x_stride, base];
+    let pipeline = few_pipeline(commands, &few)?;
+    Ok(commands.dispatch(&pipeline, &[call.x, part, call.out], bytemuck::bytes_of(&params), workgroups)?)
+}
+
+/// Pairs of a tile, and tiles that suffice for so many pairs of so many experts: as many pairs as an expert has on the
+/// average, so that its weights are read once or twice.
+pub(super) fn tiles(pairs: u32, experts: u32) -> (u32, u32) {
+    let tile = pairs.div_ceil(experts).next_power_of_two().min(shader::MOST_ROWS);
+    // Each expert has at most one tile that is not full.
+    (tile, pairs.min(pairs / tile + experts))
+}
+
+pub(super) fn linear_by_expert(commands: &mut Commands, call: &ExpertsCall<'_>, outputs: u32) -> Result<(), OpError> {
+    let (weight, rows) = (call.weight, call.rows);
+    let product = Product {
+        dtype: weight.dtype,
+        stack: Stack::Experts,
+        aligned: weight.cols.is_multiple_of(8),
+        paired: call.gated,
+        norm: false,
+        bias: false,
+    };
+    let mut few = few(commands.device(), product, rows.tile, outputs, weight.cols);
+    few.rows = rows.tile;
+    few.unroll = few.unroll.min(if few.rows <= 4 { 6 } else { 3 });
+    let (part, base) = rows_of(commands.device(), weight, 0..weight.rows.into())?;
+    let tiles = u64::from(outputs.div_ceil(few.outputs() * few.groups)) * u64::from(rows.tiles);
+    let workgroups = spread(commands, tiles)?;
+    let cols = weight.cols;
+    let params = [rows.pairs, cols, outputs, 0, outputs, 0, rows.tiles, 0, call.share, cols, base];
+    let pipeline = few_pipeline(commands, &few)?;
+    let slices = [call.x, part, call.out, rows.memory.order.whole(), rows.memory.tiles.whole()];
+    Ok(commands.dispatch(&pipeline, &slices, bytemuck::bytes_of(&params), workgroups)?)
+}
+
+pub(super) fn route(commands: &mut Commands, call: &RouteCall<'_>) -> Result<(), OpError> {
+    let (groups, chosen) = match call.choice {
+        ExpertChoice::Greedy => (0, 0),
+        ExpertChoice::GroupLimited { groups, chosen } => (groups, chosen),
+    };
+    let variant = u64::from(call.experts) << 32 | u64::from(groups);
+    let pipeline = pipeline(commands, "route", variant, || shader::route(call.experts, groups))?;
+    let (normalize, scale) = (u32::from(call.normalize), call.scale.to_bits());
+    let params = [call.rows, call.experts, call.per_token, groups, chosen, normalize, scale];
+    let workgroups = spread(commands, call.rows.into())?;
+    Ok(commands.dispatch(&pipeline, &[call.scores, call.ids, call.weights], bytemuck::bytes_of(&params), workgroups)?)
+}
+
+pub(super) fn sort_by_expert(
+    commands: &mut Commands,
+    ids: BufferSlice<'_>,
+    rows: &ExpertRows<'_>,
+) -> Result<(), OpError> {
+    let name = "sort by expert";
+    let pipeline = pipeline(commands, name, rows.experts.into(), || shader::sort_by_expert(rows.experts))?;
+    let params = [rows.pairs, rows.experts, rows.tile, rows.tiles];
+    let slices = [ids, rows.memory.order.whole(), rows.memory.tiles.whole()];
+    Ok(commands.dispatch(&pipeline, &slices, bytemuck::bytes_of(&params), [1, 1, 1])?)
+}
+
+pub(super) fn combine(commands: &mut Commands, call: &CombineCall<'_>) -> Result<(), OpError> {
+    let one = call.expert.is_some();
+    let pipeline = pipeline(commands, "combine", one.into(), || shader::combine(one))?;
+    let params = [call.rows, call.cols, call.per_token, call.expert.unwrap_or(0)];
+    let count = u64::from(call.rows) * u64::from(call.cols);
+    let workgroups = spread(commands, count.div_ceil(shader::COPIED.into()))?;
+    let slices = [call.answers, call.weights, call.out, call.ids];
+    let used = if one { 4 } else { 3 };
+    Ok(commands.dispatch(&pipeline, &slices[..used], bytemuck::bytes_of(&params), workgroups)?)
 }
 
 pub(super) fn rope(commands: &mut Commands, call: &RopeCall<'_>) -> Result<(), OpError> {
@@ -299,6 +446,7 @@ pub(super) fn rope(commands: &mut Commands, call: &RopeCall<'_>) -> Result<(), O
         heads,
         call.table.positions,
         call.table.dim,
+        call.table.first,
         eps(q_norm),
         eps(call.k_norm),
     ];
@@ -389,18 +537,10 @@ pub(super) fn add_silu(
     Ok(commands.dispatch(&pipeline, &[x, gate, out], bytemuck::bytes_of(&count), workgroups)?)
 }
 
-pub(super) fn copy_columns(
-    commands: &mut Commands,
-    x: BufferSlice<'_>,
-    cols: u32,
-    rows: u32,
-    out: BufferSlice<'_>,
-    stride: u32,
-    offset: u32,
-) -> Result<(), OpError> {
+pub(super) fn copy_between(commands: &mut Commands, call: &CopyCall<'_>) -> Result<(), OpError> {
     let pipeline = pipeline(commands, "copy columns", 0, shader::copy_columns)?;
-    let count = u64::from(rows) * u64::from(cols);
+    let count = u64::from(call.rows) * u64::from(call.cols);
     let workgroups = spread(commands, count.div_ceil(shader::COPIED.into()))?;
-    let params = [rows, cols, stride, offset];
-    Ok(commands.dispatch(&pipeline, &[x, out], bytemuck::bytes_of(&params), workgroups)?)
+    let params = [call.rows, call.cols, call.x_stride, call.x_offset, call.out_stride, call.out_offset];
+    Ok(commands.dispatch(&pipeline, &[call.x, call.out], bytemuck::bytes_of(&params), workgroups)?)
 }

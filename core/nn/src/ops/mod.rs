@@ -14,12 +14,17 @@
 
 mod cpu;
 mod dot;
+mod experts;
 mod gpu;
 mod shader;
+mod stacked;
 
 use polyattn_device::{Buffer, BufferSlice, Commands, DType, Device, DeviceError};
 
 use crate::load::RopePairing;
+
+pub use experts::{CombineCall, ExpertOrder, ExpertRows, MOST_EXPERTS, RouteCall, combine, route, sort_by_expert};
+pub use stacked::{ExpertsCall, HeadsCall, linear_by_expert, linear_by_head};
 
 /// Up to this many rows a row's results do not depend on the others in the call; see the [module](self).
 pub const INVARIANT_ROWS: u32 = 64;
@@ -106,6 +111,7 @@ pub struct SwigluCall<'a> {
 pub struct RopeTable {
     buffer: Buffer,
     dim: u32,
+    first: u32,
     positions: u32,
 }
 
@@ -135,7 +141,13 @@ impl RopeTable {
             }
             device.write(&buffer, u64::from(first) * u64::from(pairs) * 8, &piece)?;
         }
-        Ok(Self { buffer, dim: 2 * pairs, positions })
+        Ok(Self { buffer, dim: 2 * pairs, first: 0, positions })
+    }
+
+    /// The same rotations for the elements of a head from `first` on, an even number.
+    #[must_use]
+    pub fn from_element(&self, first: u32) -> Self {
+        Self { first, ..self.clone() }
     }
 
     /// `[positions, dim / 2, 2]` f32: cosine and sine of each pair.
@@ -178,7 +190,7 @@ pub struct RopeCall<'a> {
     pub q_norm: Option<Norm<'a>>,
     /// A norm of each key head; `head_dim` elements.
     pub k_norm: Option<Norm<'a>>,
-    /// The rotations; elements beyond its `dim` are only normed.
+    /// The rotations; elements that it does not rotate are only normed.
     pub table: &'a RopeTable,
     /// Which two elements are rotated together.
     pub pairing: RopePairing,
@@ -242,6 +254,34 @@ pub fn rms_norm(
     }
 }
 
+/// Norms the first columns of each row in place: `x[r, ..n] = norm(x[r, ..n])` with `n = norm.weight.len`, in f32 rows of
+/// `stride` elements. Other columns stay as they are.
+///
+/// # Errors
+/// Columns beyond the stride, a buffer too small for these sizes; the device.
+pub fn norm_columns(
+    commands: &mut Commands,
+    x: BufferSlice<'_>,
+    stride: u32,
+    norm: Norm<'_>,
+    rows: u32,
+) -> Result<(), OpError> {
+    let cols = norm.weight.len;
+    check_norm("norm", norm, cols)?;
+    if cols == 0 || cols > stride {
+        return Err(OpError::Shape(format!("a norm of {cols} columns in rows of {stride}")));
+    }
+    if rows == 0 {
+        return Ok(());
+    }
+    check_slice("columns to norm", x, elements("columns to norm", rows, stride)? - u64::from(stride - cols), 4)?;
+    if commands.device().is_cpu() {
+        cpu::norm_columns(x, stride, norm, rows)
+    } else {
+        gpu::norm_columns(commands, x, stride, norm, rows)
+    }
+}
+
 /// A matrix product with what often surrounds it:
 /// `out[r, o] = (accumulate ? out[r, o] : 0) + bias[o] + Σ_i norm(x)[r, i] · weight[o, i]`.
 ///
@@ -298,8 +338,9 @@ pub fn rope(commands: &mut Commands, call: &RopeCall<'_>) -> Result<(), OpError>
     if call.head_dim == 0 || !call.head_dim.is_multiple_of(2) {
         return shape(format!("heads of {} elements cannot be rotated", call.head_dim));
     }
-    if call.table.dim > call.head_dim {
-        return shape(format!("a RoPE table of {} elements for heads of {}", call.table.dim, call.head_dim));
+    let RopeTable { dim, first, .. } = *call.table;
+    if u64::from(first) + u64::from(dim) > call.head_dim.into() || !first.is_multiple_of(2) {
+        return shape(format!("a RoPE table of {dim} elements from {first} on for heads of {}", call.head_dim));
     }
     let heads = u64::from(call.query_heads) + u64::from(call.kv_heads);
     let end = u64::from(call.offset) + heads * u64::from(call.head_dim);
@@ -510,21 +551,53 @@ pub fn copy_columns(
     out_stride: u32,
     out_offset: u32,
 ) -> Result<(), OpError> {
-    let end = u64::from(out_offset) + u64::from(cols);
-    if end > u64::from(out_stride) {
-        return Err(OpError::Shape(format!("columns end at {end} in rows of {out_stride}")));
+    copy_between(commands, &CopyCall { x, x_stride: cols, x_offset: 0, cols, rows, out, out_stride, out_offset })
+}
+
+/// Arguments of [`copy_between`].
+#[derive(Clone, Copy, Debug)]
+pub struct CopyCall<'a> {
+    /// f32 rows of `x_stride` elements.
+    pub x: BufferSlice<'a>,
+    /// Elements from one row to the next.
+    pub x_stride: u32,
+    /// The first column that is copied.
+    pub x_offset: u32,
+    /// Columns to copy.
+    pub cols: u32,
+    /// Rows.
+    pub rows: u32,
+    /// f32 rows of `out_stride` elements.
+    pub out: BufferSlice<'a>,
+    /// Elements from one row to the next.
+    pub out_stride: u32,
+    /// The column that the first goes to.
+    pub out_offset: u32,
+}
+
+/// Copies columns: `out[r, out_offset + c] = x[r, x_offset + c]`. Other columns stay as they are.
+///
+/// # Errors
+/// Columns beyond a stride, buffers too small for these sizes; the device.
+pub fn copy_between(commands: &mut Commands, call: &CopyCall<'_>) -> Result<(), OpError> {
+    let CopyCall { cols, rows, .. } = *call;
+    for (stride, offset) in [(call.x_stride, call.x_offset), (call.out_stride, call.out_offset)] {
+        let end = u64::from(offset) + u64::from(cols);
+        if end > u64::from(stride) {
+            return Err(OpError::Shape(format!("columns end at {end} in rows of {stride}")));
+        }
     }
     if rows == 0 || cols == 0 {
         return Ok(());
     }
-    check_slice("columns to copy", x, elements("columns to copy", rows, cols)?, 4)?;
-    let length = elements("copied columns", rows, out_stride)? - u64::from(out_stride) + end;
-    check_slice("copied columns", out, length, 4)?;
-    if commands.device().is_cpu() {
-        cpu::copy_columns(x, cols, rows, out, out_stride, out_offset)
-    } else {
-        gpu::copy_columns(commands, x, cols, rows, out, out_stride, out_offset)
+    for (what, slice, stride, offset) in [
+        ("columns to copy", call.x, call.x_stride, call.x_offset),
+        ("copied columns", call.out, call.out_stride, call.out_offset),
+    ] {
+        let length = elements(what, rows, stride)? - u64::from(stride) + u64::from(offset) + u64::from(cols);
+        check_slice(what, slice, length, 4)?;
     }
+    if commands.device().is_cpu() { cpu::copy_between(call) } else { gpu::copy_between(commands, call) }
 }
 
 /// `rows · cols`, which kernels count in 32 bits.

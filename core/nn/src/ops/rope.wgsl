@@ -7,7 +7,9 @@ struct Params {
     query_heads: u32,
     heads: u32,
     positions: u32,
+    // Elements that are rotated, and the first of them.
     dim: u32,
+    first: u32,
     q_eps: f32,
     k_eps: f32,
 }
@@ -52,18 +54,20 @@ fn value(i: u32, query: bool, scale: f32) -> f32 {
 
 fn rotated(i: u32, row: u32, query: bool, scale: f32) -> f32 {
     let own = value(i, query, scale);
-    if (i >= p.dim) {
+    // Below the first it wraps round to a large number.
+    let at = i - p.first;
+    if (at >= p.dim) {
         return own;
     }
     let pairs = p.dim >> 1u;
 //if INTERLEAVED
-    let pair = i >> 1u;
+    let pair = at >> 1u;
     let other = i ^ 1u;
-    let first = (i & 1u) == 0u;
+    let first = (at & 1u) == 0u;
 //end
 //if !INTERLEAVED
-    let first = i < pairs;
-    let pair = select(i - pairs, i, first);
+    let first = at < pairs;
+    let pair = select(at - pairs, at, first);
     let other = select(i - pairs, i + pairs, first);
 //end
     let turn = table[min(positions[row], p.positions - 1u) * pairs + pair];

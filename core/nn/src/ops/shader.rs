@@ -27,10 +27,23 @@ pub(super) struct Source {
     pub(super) immediate_bytes: u32,
 }
 
+/// Which matrix a product is with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Stack {
+    /// The only one.
+    Single,
+    /// One for each part of a row.
+    Heads,
+    /// One for each tile of rows.
+    Experts,
+}
+
 /// What a matrix product is specialised by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Product {
     pub(super) dtype: DType,
+    /// Others than a single one have the few-rows kernel alone, and neither norm nor bias.
+    pub(super) stack: Stack,
     /// Whether columns come in whole chunks of 8.
     pub(super) aligned: bool,
     /// Gates and ups, with the activation.
@@ -81,6 +94,10 @@ impl Product {
             ("NORM", flag(self.norm)),
             ("BIAS", flag(self.bias)),
             ("BIAS_AT", (3 + u32::from(self.norm)).to_string()),
+            ("SINGLE", flag(self.stack == Stack::Single)),
+            ("HEADS", flag(self.stack == Stack::Heads)),
+            ("EXPERTS", flag(self.stack == Stack::Experts)),
+            ("PARTS", (1 + u32::from(self.paired)).to_string()),
         ]
     }
 
@@ -91,7 +108,8 @@ impl Product {
         expand(kernel, vars, &mut text);
         let mut bindings = vec![Read, Read, ReadWrite];
         bindings.extend([Read; 2].iter().take(usize::from(self.norm) + usize::from(self.bias)));
-        Source { text, bindings, immediate_bytes: 32 }
+        bindings.extend([Read; 2].iter().filter(|_| self.stack == Stack::Experts));
+        Source { text, bindings, immediate_bytes: if self.stack == Stack::Single { 32 } else { 44 } }
     }
 }
 
@@ -229,9 +247,11 @@ pub(super) fn embed(dtype: DType) -> Source {
 }
 
 /// The norm kernel.
-pub(super) fn rms_norm() -> Source {
-    let text = include_str!("rms_norm.wgsl").to_owned();
-    Source { text, bindings: vec![Read, Read, ReadWrite], immediate_bytes: 12 }
+pub(super) fn rms_norm(in_place: bool) -> Source {
+    let mut text = String::new();
+    expand(include_str!("rms_norm.wgsl"), &[("IN_PLACE", u32::from(in_place).to_string())], &mut text);
+    let bindings = if in_place { vec![ReadWrite, Read] } else { vec![Read, Read, ReadWrite] };
+    Source { text, bindings, immediate_bytes: 16 }
 }
 
 /// The RoPE kernel.
@@ -257,7 +277,7 @@ pub(super) fn rope(rope: &Rope) -> Source {
     let mut bindings = vec![ReadWrite, Read, Read];
     bindings.extend(rope.queries.map(|_| ReadWrite));
     bindings.extend([Read; 2].iter().take(usize::from(rope.q_norm) + usize::from(rope.k_norm)));
-    Source { text, bindings, immediate_bytes: 36 }
+    Source { text, bindings, immediate_bytes: 40 }
 }
 
 /// The argmax kernel; `workgroup` is a power of two.
@@ -296,7 +316,31 @@ pub(super) fn add_silu() -> Source {
 /// The kernel that copies columns.
 pub(super) fn copy_columns() -> Source {
     let text = include_str!("copy_columns.wgsl").to_owned();
-    Source { text, bindings: vec![Read, ReadWrite], immediate_bytes: 16 }
+    Source { text, bindings: vec![Read, ReadWrite], immediate_bytes: 24 }
+}
+
+/// The kernel that chooses experts; `groups` is 0 where it chooses among all.
+pub(super) fn route(experts: u32, groups: u32) -> Source {
+    let mut text = String::new();
+    let vars = [("EXPERTS", experts.to_string()), ("GROUPS", groups.to_string())];
+    expand(include_str!("route.wgsl"), &vars, &mut text);
+    Source { text, bindings: vec![Read, ReadWrite, ReadWrite], immediate_bytes: 28 }
+}
+
+/// The kernel that sorts pairs by expert.
+pub(super) fn sort_by_expert(experts: u32) -> Source {
+    let mut text = String::new();
+    expand(include_str!("sort_by_expert.wgsl"), &[("EXPERTS", experts.to_string())], &mut text);
+    Source { text, bindings: vec![Read, ReadWrite, ReadWrite], immediate_bytes: 16 }
+}
+
+/// The kernel that adds up what experts answered; `one` expert alone, or those of each row.
+pub(super) fn combine(one: bool) -> Source {
+    let mut text = String::new();
+    expand(include_str!("combine.wgsl"), &[("ONE", u32::from(one).to_string())], &mut text);
+    let mut bindings = vec![Read, Read, ReadWrite];
+    bindings.extend(one.then_some(Read));
+    Source { text, bindings, immediate_bytes: 16 }
 }
 
 /// Appends `template` to `out`, expanded; see the [module](self).
@@ -360,7 +404,7 @@ fn block<'a>(lines: &[&'a str], vars: &[(&str, &str)], loops: &mut Vec<(&'a str,
 mod tests {
     use polyattn_device::{Access, DType};
 
-    use super::{Few, Product, Rope, Source};
+    use super::{Few, Product, Rope, Source, Stack};
 
     /// Every variant passes naga as it does on a device, and becomes each of the languages that devices take.
     fn translates(name: &str, source: &Source) {
@@ -426,9 +470,14 @@ mod tests {
         for dtype in [DType::F32, DType::F16, DType::BF16] {
             for flags in 0..16 {
                 let flag = |bit: u32| flags >> bit & 1 == 1;
-                let product = Product { dtype, aligned: flag(0), paired: flag(1), norm: flag(2), bias: flag(3) };
+                let (norm, bias) = (flag(2), flag(3));
+                let product = Product { dtype, stack: Stack::Single, aligned: flag(0), paired: flag(1), norm, bias };
                 if !(product.paired && product.bias) {
                     products.push(product);
+                }
+                if !norm && !bias {
+                    products.push(Product { stack: Stack::Heads, ..product });
+                    products.push(Product { stack: Stack::Experts, ..product });
                 }
             }
         }
@@ -438,7 +487,9 @@ mod tests {
     #[test]
     fn every_product_translates() {
         for product in products() {
-            translates(&format!("{product:?}"), &super::many_rows(&product));
+            if product.stack == Stack::Single {
+                translates(&format!("{product:?}"), &super::many_rows(&product));
+            }
             for rows in [1, 2, 4, 8, 16] {
                 for (lanes, subgroups) in [(4, true), (8, true), (32, true), (128, true), (32, false)] {
                     // The widths differ in nothing but numbers, so that each is translated for some products only.
@@ -457,9 +508,17 @@ mod tests {
         for dtype in [DType::F32, DType::F16, DType::BF16] {
             translates("embed", &super::embed(dtype));
         }
-        translates("rms_norm", &super::rms_norm());
         translates("top_k", &super::top_k(256));
         translates("gather_ids", &super::gather_ids());
+        for flag in [false, true] {
+            translates("rms_norm", &super::rms_norm(flag));
+            translates("combine", &super::combine(flag));
+        }
+        for experts in [1, 160, 1024] {
+            translates("route", &super::route(experts, 0));
+            translates("sort by expert", &super::sort_by_expert(experts));
+        }
+        translates("route by group", &super::route(160, 8));
         translates("gather_rows", &super::gather_rows());
         translates("copy_columns", &super::copy_columns());
         translates("add_silu", &super::add_silu());

@@ -192,9 +192,7 @@ impl Drive<'_> {
             row += before + rows + rejected.len() as u32;
         }
         let committed: Vec<_> = (parts.iter().zip(&places))
-            .map(|(part, rows)| {
-                CommittedRows::new(part.text.id, rows, part.from, &part.text.tokens, &part.text.pages)
-            })
+            .map(|(part, rows)| CommittedRows::new(part.text.id, rows, part.from, &part.text.tokens, &part.text.pages))
             .collect();
         let device = self.stage.device();
         let taps = if width > 0 && with_taps { Some(device.upload(&taps, "made-up taps")?) } else { None };

@@ -1,18 +1,19 @@
-//! `polyattn bench`.
+//! `polyattn bench generate`.
 
-use std::{ops::ControlFlow, path::PathBuf, time::Instant};
+use std::{ops::ControlFlow, path::PathBuf};
 
 use crate::{
+    bench,
     engine::{Engine, EngineOptions, Request},
     nn::load::ChatMessage,
 };
 use serde::Serialize;
 
-use super::{
-    load::Model,
-    options::{ModelArgs, ProposerChoice, SpeculativeChoice},
-};
 use crate::{
+    commands::{
+        load::Model,
+        options::{ModelArgs, ProposerChoice, SpeculativeChoice},
+    },
     failure::{Ended, Failure, Verdict},
     output::{self, Context},
 };
@@ -29,22 +30,6 @@ const PROMPTS: [&str; 4] = [
 const FILLER: &str = "The river ran past the old mill and under the stone bridge, where every morning the baker's \
     daughter stopped to count the boats before she carried bread up the hill to the houses at the edge of the wood. ";
 
-/// Measure, and print tables that say on which device.
-#[derive(Clone, Debug, clap::Args)]
-#[command(after_help = "Examples:
-  polyattn bench generate --model smollm2
-  polyattn bench generate --device cpu --json")]
-pub(crate) struct Args {
-    #[command(subcommand)]
-    what: What,
-}
-
-#[derive(Clone, Debug, clap::Subcommand)]
-enum What {
-    /// Prefill and decode tokens/s of a model, plain and with each proposer.
-    Generate(GenerateArgs),
-}
-
 /// Prefill and decode tokens/s of a model, plain and with each proposer.
 ///
 /// Prefill is measured on a prompt of the given length, decoding on four short prompts (chat, code, prose, maths) taken
@@ -55,7 +40,7 @@ enum What {
   polyattn bench generate --model smollm2
   polyattn bench generate --proposer none --proposer ngram -n 64 --device gpu
   polyattn bench generate --proposer dflash --num-speculative-tokens 5 --num-speculative-tokens 15")]
-pub(crate) struct GenerateArgs {
+pub(super) struct Args {
     #[command(flatten)]
     model: ModelArgs,
 
@@ -108,6 +93,15 @@ struct Ceilings {
     gemm_gigaflops: f64,
 }
 
+impl From<bench::Ceilings> for Ceilings {
+    fn from(ceilings: bench::Ceilings) -> Self {
+        Self {
+            copy_gigabytes_per_second: ceilings.copy_gigabytes_per_second / 2.0,
+            gemm_gigaflops: ceilings.product_f32_teraflops * 1e3,
+        }
+    }
+}
+
 #[derive(Serialize)]
 struct Row {
     proposer: String,
@@ -123,15 +117,17 @@ struct Row {
     prefill_share_of_gemm: Option<f64>,
 }
 
-pub(crate) fn run(args: Args, context: &Context) -> Ended {
-    let What::Generate(args) = args.what;
+pub(super) fn run(args: &Args, context: &Context) -> Ended {
     let device = context.open()?;
     let model = Model::open(args.model.model.as_deref(), args.model.offline)?;
     let filler = model.source.tokenizer.encode_text(FILLER)?;
     let prompt: Vec<u32> = filler.iter().copied().cycle().take(args.prompt_tokens as usize).collect();
-    let ceilings = device.is_cpu().then(measure_ceilings);
+    let ceilings = match device.is_cpu() {
+        true => Some(Ceilings::from(bench::Ceilings::measure(&device)?)),
+        false => None,
+    };
     let mut answer = Answer {
-        command: std::iter::once("polyattn".to_owned()).chain(std::env::args().skip(1)).collect::<Vec<_>>().join(" "),
+        command: output::command_line(),
         model: &model.name,
         device: &device.facts().name,
         driver: &device.facts().driver,
@@ -141,7 +137,7 @@ pub(crate) fn run(args: Args, context: &Context) -> Ended {
         ceilings,
         rows: Vec::new(),
     };
-    for proposer in proposers(&args, &model) {
+    for proposer in proposers(args, &model) {
         let choice = SpeculativeChoice {
             proposer: match proposer.as_str() {
                 "none" => ProposerChoice::None,
@@ -157,6 +153,7 @@ pub(crate) fn run(args: Args, context: &Context) -> Ended {
         let attention = args.model.attention()?;
         setup.attention = attention.attention;
         setup.backend_config = attention.backend_config;
+        setup.kernel.moe_backend = attention.moe_backend;
         let mut engine = model.engine(&device, &setup)?;
         answer.weight_bytes = engine.weight_bytes();
         let widths: Vec<Option<u32>> = match (engine.proposer(), args.num_speculative_tokens.as_slice()) {
@@ -167,7 +164,7 @@ pub(crate) fn run(args: Args, context: &Context) -> Ended {
             if let Some(width) = width {
                 engine.set_speculative_tokens(width)?;
             }
-            let mut row = measure(&mut engine, &model, &prompt, &args, ceilings)?;
+            let mut row = measure(&mut engine, &model, &prompt, args, ceilings)?;
             let first = answer.rows.first().map_or(row.decode_tokens_per_second, |row| row.decode_tokens_per_second);
             row.speed_up = row.decode_tokens_per_second / first;
             if !context.json {
@@ -181,7 +178,7 @@ pub(crate) fn run(args: Args, context: &Context) -> Ended {
 }
 
 /// Those asked for, or plain decoding and all that the model has what they need for.
-fn proposers(args: &GenerateArgs, model: &Model) -> Vec<String> {
+fn proposers(args: &Args, model: &Model) -> Vec<String> {
     if !args.proposer.is_empty() {
         return args.proposer.iter().map(|name| name.to_ascii_lowercase()).collect();
     }
@@ -196,7 +193,7 @@ fn measure(
     engine: &mut Engine,
     model: &Model,
     prompt: &[u32],
-    args: &GenerateArgs,
+    args: &Args,
     ceilings: Option<Ceilings>,
 ) -> Result<Row, Failure> {
     let mut run = |prompt: Vec<u32>, tokens: u32| {
@@ -251,36 +248,6 @@ fn measure(
             .map(|ceilings| decode / (passes as f64 * held / (ceilings.copy_gigabytes_per_second * 1e9))),
         prefill_share_of_gemm: ceilings.map(|ceilings| flops / prefill / (ceilings.gemm_gigaflops * 1e9)),
     })
-}
-
-fn measure_ceilings() -> Ceilings {
-    let best = |work: &mut dyn FnMut()| {
-        (0..5).fold(f64::INFINITY, |best, _| {
-            let start = Instant::now();
-            work();
-            best.min(start.elapsed().as_secs_f64())
-        })
-    };
-    let threads = rayon::current_num_threads();
-    let words = 32 << 20;
-    let source = vec![1u64; words];
-    let mut target = vec![0u64; words];
-    let copy = best(&mut || {
-        let part = words.div_ceil(threads);
-        rayon::scope(|scope| {
-            for (to, from) in target.chunks_mut(part).zip(source.chunks(part)) {
-                scope.spawn(move |_| to.copy_from_slice(from));
-            }
-        });
-    });
-    let side = 1024;
-    let (a, b) = (vec![0.5f32; side * side], vec![0.25f32; side * side]);
-    let mut product = vec![0f32; side * side];
-    let gemm = best(&mut || crate::nn::ops::matrix_product(&a, &b, &mut product, side, side, side));
-    Ceilings {
-        copy_gigabytes_per_second: (words * 8) as f64 / copy / 1e9,
-        gemm_gigaflops: 2.0 * (side as f64).powi(3) / gemm / 1e9,
-    }
 }
 
 fn table(answer: &Answer<'_>) -> String {

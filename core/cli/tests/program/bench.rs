@@ -1,0 +1,131 @@
+//! `bench kernels`.
+
+use serde_json::Value;
+
+use crate::run::{Run, has_gpu, run};
+
+/// A shape that takes a moment on a processor, and the decode call beside it.
+const TINY: &str = "smollm2-135m/verify-q8/1x256";
+
+#[track_caller]
+fn measured(device: &str, more: &[&str]) -> (Run, Value) {
+    let args = ["bench", "kernels", "--device", device, "--shape", TINY, "--seconds", "0.01", "--json"];
+    let run = run(&[&args[..], more].concat());
+    let answer = run.json();
+    (run, answer)
+}
+
+#[test]
+fn shapes_are_measured_beside_their_ceilings() {
+    for device in ["cpu", "gpu"] {
+        if device == "gpu" && !has_gpu() {
+            eprintln!("skipped on a GPU: there is none");
+            continue;
+        }
+        let (run, answer) = measured(device, &[]);
+        assert_eq!(run.code, 0, "{run:?}");
+        assert!(answer["ceilings"]["copy_gigabytes_per_second"].as_f64().expect("a number") > 0.0);
+        assert!(answer["ceilings"]["product_f32_teraflops"].as_f64().expect("a number") > 0.0);
+        let shapes = answer["shapes"].as_array().expect("a list");
+        let names: Vec<_> = shapes.iter().map(|shape| shape["shape"].as_str().expect("a name")).collect();
+        assert_eq!(names, ["smollm2-135m/decode/1x256", TINY], "verification comes with its decode call");
+        for shape in shapes {
+            let backends = shape["backends"].as_array().expect("a list");
+            assert!(backends.iter().any(|row| row["backend"] == shape["selected"]), "{shape}");
+            assert_eq!(backends.iter().any(|row| row["backend"] == "cpu"), device == "cpu", "{shape}");
+            for row in backends {
+                assert_eq!(row["within_tolerance"], true, "{row}");
+                let number = |name: &str| row[name].as_f64().unwrap_or_else(|| panic!("{name}: {row}"));
+                // Numbers that are derived from each other.
+                let seconds = number("microseconds") / 1e6;
+                let bytes = shape["bytes"].as_f64().expect("a number");
+                assert!((number("gigabytes_per_second") * seconds * 1e9 / bytes - 1.0).abs() < 1e-9, "{row}");
+                assert!(seconds > 0.0 && number("share_of_copy") > 0.0 && number("share_of_product") > 0.0, "{row}");
+                assert_eq!(row["over_decode"].is_null(), shape["phase"] == "decode", "{row}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_slow_choice_is_told() {
+    // Whoever is selected is not among those measured.
+    let (run, answer) = measured("cpu", &["--assert-selection"]);
+    assert_eq!(run.code, 0, "alone, the CPU's backend is the fastest: {run:?}");
+    assert_eq!(answer["shapes"][0]["selected"], "cpu");
+    if !has_gpu() {
+        eprintln!("skipped on a GPU: there is none");
+        return;
+    }
+    let (run, _) = measured("gpu", &["--assert-selection", "--backend", "PLAIN"]);
+    assert_eq!(run.code, 1, "{run:?}");
+    assert!(run.stderr.contains("is selected and was not measured"), "{run:?}");
+}
+
+#[test]
+fn people_get_a_table_and_a_picture() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("roofline.svg");
+    let path = file.to_str().expect("text");
+    let args = ["bench", "kernels", "--device", "cpu", "--shape", TINY, "--seconds", "0.01", "--plot", path];
+    let run = run(&args);
+    assert_eq!(run.code, 0, "{run:?}");
+    for part in [TINY, "cpu ←", "GB/s", "÷ decode", "ceilings of this run: copy", "wall clock"] {
+        assert!(run.stdout.contains(part), "{part}: {}", run.stdout);
+    }
+    let picture = std::fs::read_to_string(file).expect("it was written");
+    assert!(picture.starts_with("<svg ") && picture.ends_with("</svg>\n"), "{picture}");
+    assert!(picture.contains(&format!("<title>{TINY}: cpu")) && !picture.contains("NaN"), "{picture}");
+}
+
+#[test]
+fn what_is_too_large_is_skipped_with_the_numbers() {
+    if !has_gpu() {
+        eprintln!("skipped: there is no GPU");
+        return;
+    }
+    let run = run(&["bench", "kernels", "--device", "gpu", "--shape", "llama3-8b/decode/128x8k", "--json"]);
+    assert_eq!(run.code, 0, "{run:?}");
+    let skipped = &run.json()["skipped"][0];
+    assert_eq!(skipped["shape"], "llama3-8b/decode/128x8k");
+    let reason = skipped["reason"].as_str().expect("a text");
+    assert!(reason.starts_with("keys of 2147483648 bytes, one binding holds "), "{reason}");
+}
+
+#[test]
+fn shapes_are_listed() {
+    let run = run(&["bench", "kernels", "--list", "--json"]);
+    assert_eq!(run.code, 0, "{run:?}");
+    let list = run.json();
+    let shape = |name: &str| {
+        let found = list.as_array().expect("a list").iter().find(|shape| shape["shape"] == name);
+        found.unwrap_or_else(|| panic!("no {name}")).clone()
+    };
+    let decode = shape("llama3-8b/decode/64x8k");
+    assert_eq!((&decode["query_heads"], &decode["kv_heads"], &decode["dtype"]), (&32.into(), &8.into(), &"f16".into()));
+    for rows in [2, 4, 8, 16] {
+        assert_eq!(shape(&format!("llama3-8b/verify-q{rows}/8x32k"))["query_rows"], rows);
+    }
+    assert_eq!(shape("deepseek-v2-lite/decode/64x8k")["kind"], "mla");
+}
+
+#[test]
+fn bad_input_is_refused() {
+    for (args, wanted) in [
+        (["--shape", "llama9"], "--shape 'llama9' fits no shape; 'polyattn bench kernels --list' shows them"),
+        (["--backend", "abacus"], "unknown attention backend 'abacus'; registered are: "),
+        (["--seconds", "0"], "invalid value '0' for '--seconds <S>': 0 is not between 0.001 and 60"),
+        (["--page-size", "0"], "invalid value '0' for '--page-size <N>'"),
+        (["--plot", "/nowhere/to/be.svg"], "--plot /nowhere/to/be.svg: "),
+    ] {
+        let fixed = ["bench", "kernels", "--device", "cpu", "--seconds", "0.001", "--json"];
+        let tiny = if args[0] == "--shape" { &[] as &[&str] } else { &["--shape", TINY] };
+        let args: Vec<&str> = if args[0] == "--seconds" {
+            ["bench", "kernels", "--device", "cpu", "--json"].iter().chain(tiny).chain(&args).copied().collect()
+        } else {
+            fixed.iter().chain(tiny).chain(&args).copied().collect()
+        };
+        let error = run(&args).error();
+        assert!(error.starts_with(wanted), "{error}");
+    }
+}

@@ -1,0 +1,486 @@
+//! Many requests in one engine: each has the tokens that it has alone, whatever drafts, in chains and in trees.
+
+#![allow(clippy::unwrap_used, reason = "a failing test may panic")]
+
+use std::{
+    collections::BTreeMap,
+    ops::ControlFlow,
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
+
+use polyattn_api::{
+    Draft, Drafter, INTERFACE_VERSION, LoadContext, Origin, Outcome, Proposal, ProposeContext, Proposer, ProposerEntry,
+    ProposerError, ProposerRequirements, Registry, StrategyConfig, TapSpec, TargetFacts,
+};
+use polyattn_device::Device;
+use polyattn_e2e::{assert_same_up_to_ties, engine, greedy, margins, tests_folder};
+use polyattn_engine::{
+    Engine, EngineOptions, Generation, Happened, Request, RequestId, Sampling, SpeculativeOptions, StopReason,
+};
+use polyattn_nn::load::ModelSource;
+
+fn tiny() -> ModelSource {
+    ModelSource::open(&tests_folder("golden/tiny/qwen3")).unwrap()
+}
+
+/// Prompts of unequal lengths that repeat themselves in part.
+fn prompts() -> Vec<Vec<u32>> {
+    vec![
+        vec![5, 9, 17, 33, 5, 9, 17, 40, 41, 42, 5, 9, 17, 33, 70, 5, 9, 17],
+        vec![7],
+        (0..45).map(|place| 11 + place * place % 23).collect(),
+        vec![3, 4, 3, 4, 3, 4, 3],
+    ]
+}
+
+fn request(prompt: &[u32], tokens: usize) -> Request {
+    let mut request = Request::new(prompt.to_vec(), tokens);
+    request.stop = Some(Vec::new());
+    request
+}
+
+/// Runs all to their ends.
+fn run_all(engine: &mut Engine, requests: Vec<Request>) -> Vec<Generation> {
+    let ids: Vec<RequestId> = requests.into_iter().map(|request| engine.add_request(request).unwrap()).collect();
+    let mut done: BTreeMap<RequestId, Generation> = BTreeMap::new();
+    let mut told: BTreeMap<RequestId, Vec<u32>> = BTreeMap::new();
+    while !engine.is_idle() {
+        for event in engine.step() {
+            match event.what {
+                Happened::Tokens(tokens) => told.entry(event.request).or_default().extend(tokens),
+                Happened::Finished(generation) => drop(done.insert(event.request, *generation)),
+                Happened::Failed(error) => panic!("{error}"),
+                _ => unreachable!(),
+            }
+        }
+    }
+    ids.iter()
+        .map(|id| {
+            let generation = done.remove(id).unwrap();
+            assert_eq!(told.remove(id).unwrap_or_default(), generation.tokens, "told as they came");
+            generation
+        })
+        .collect()
+}
+
+fn dflash(source: &ModelSource, folder: &Path) -> PathBuf {
+    let model = &source.config;
+    let facts = TargetFacts::new(model.layers, model.hidden_size, model.vocab_size, model.context_length);
+    polyattn_dflash::tiny::write_random(&facts, folder, false).unwrap();
+    folder.to_owned()
+}
+
+fn options(method: &str, model: Option<PathBuf>, tree: Option<&str>) -> EngineOptions {
+    EngineOptions::default().with_context(128).with_sequences(4).with_speculative(Some(SpeculativeOptions {
+        method: method.into(),
+        model,
+        tree: tree.map(StrategyConfig::new),
+        tree_nodes: tree.map(|_| 12),
+        ..SpeculativeOptions::default()
+    }))
+}
+
+/// Drafts the target's own tokens, known beforehand, and beside them wrong ones: whole trees are accepted.
+#[derive(Debug)]
+struct Knowing;
+
+static KNOWN: parking_lot::RwLock<Vec<Vec<u32>>> = parking_lot::RwLock::new(Vec::new());
+
+#[derive(Debug, Default)]
+struct Oracle {
+    taps: TapSpec,
+}
+
+impl Proposer for Knowing {
+    fn name(&self) -> &'static str {
+        "knowing"
+    }
+
+    fn requirements(&self) -> &ProposerRequirements {
+        const NEEDS: ProposerRequirements = ProposerRequirements::none().drafts_trees();
+        &NEEDS
+    }
+
+    fn load(&self, _: &LoadContext<'_>) -> Result<Box<dyn Drafter>, ProposerError> {
+        Ok(Box::new(Oracle::default()))
+    }
+}
+
+impl Drafter for Oracle {
+    fn taps(&self) -> &TapSpec {
+        &self.taps
+    }
+
+    fn max_tokens(&self) -> u32 {
+        5
+    }
+
+    fn propose(&mut self, context: &mut ProposeContext<'_>) -> Result<Proposal, ProposerError> {
+        let known = KNOWN.read();
+        let drafts = context.sequences.iter().map(|sequence| {
+            let text = known.iter().find(|text| text.starts_with(sequence.tokens));
+            let next: &[u32] = text.map_or(&[], |text| &text[sequence.tokens.len()..]);
+            let mut tree = Draft::default();
+            let mut parent = None;
+            for token in next.iter().take(sequence.width as usize) {
+                // In a tree, a wrong sibling before the right one, and one behind it.
+                let siblings = match context.tree {
+                    Some(_) => vec![(token + 1) % 100, *token, (token + 2) % 100],
+                    None => vec![*token],
+                };
+                let right = tree.tokens.len() as u32 + u32::from(siblings.len() > 1);
+                tree.parents.extend(siblings.iter().map(|_| parent));
+                tree.tokens.extend(siblings);
+                parent = Some(right);
+                if context.tree.is_some_and(|wish| tree.len() + 3 > wish.nodes as usize) {
+                    break;
+                }
+            }
+            tree
+        });
+        Ok(Proposal::Host(drafts.collect()))
+    }
+
+    fn commit(&mut self, _: &mut Outcome<'_>) -> Result<(), ProposerError> {
+        Ok(())
+    }
+}
+
+fn registry() -> Registry {
+    let origin = Origin { crate_name: "stranger", version: "0.1.0" };
+    let all = Registry::global().unwrap();
+    all.with_proposer(polyattn_api::RegisteredProposer { origin, proposer: Arc::new(Knowing) }).unwrap()
+}
+
+/// The tokens of each prompt by plain decoding, one after the other, and the margins.
+fn plain(source: &ModelSource, device: &Device, tokens: usize) -> Vec<(Vec<u32>, Vec<f64>)> {
+    let mut plain = engine(source, device, &EngineOptions::default().with_context(128));
+    prompts()
+        .iter()
+        .map(|prompt| {
+            let got = greedy(&mut plain, prompt, tokens).tokens;
+            let margins = margins(&mut plain, prompt, &got, source.config.vocab_size as usize);
+            (got, margins)
+        })
+        .collect()
+}
+
+#[test]
+fn a_batch_is_as_each_alone() {
+    let source = tiny();
+    let folder = tempfile::tempdir().unwrap();
+    let model = dflash(&source, folder.path());
+    let device = Device::cpu();
+    let want = plain(&source, &device, 30);
+    let check = |options: &EngineOptions, what: &str| {
+        let mut engine = engine(&source, &device, options);
+        let all = prompts().iter().map(|prompt| request(prompt, 30)).collect();
+        for (got, (want, margins)) in run_all(&mut engine, all).iter().zip(&want) {
+            assert_same_up_to_ties(&got.tokens, want, margins, what);
+            if options.speculative.is_some() {
+                let acceptance = got.acceptance.as_ref().unwrap();
+                assert_eq!(got.tokens.len() as u64, 1 + got.steps + acceptance.accepted, "{what}");
+                assert!(!got.drafter_lost, "{what}");
+            }
+        }
+    };
+    check(&EngineOptions::default().with_context(128).with_sequences(4), "without drafts");
+    // Fewer at once than there are: the rest waits.
+    check(&EngineOptions::default().with_context(128).with_sequences(2), "two at once");
+    for (method, model) in [("ngram", None), ("dflash", Some(model))] {
+        for tree in [None, Some("top-k"), Some("best-first"), Some("static"), Some("chain")] {
+            check(&options(method, model.clone(), tree), &format!("{method} {tree:?}"));
+        }
+    }
+}
+
+/// Paths through the middle of a tree are accepted, and their keys and values stand where a chain's would.
+#[test]
+fn accepted_paths_leave_the_cache_of_a_chain() {
+    let source = tiny();
+    let device = Device::cpu();
+    let want = plain(&source, &device, 40);
+    *KNOWN.write() = prompts().iter().zip(&want).map(|(prompt, (tokens, _))| [&prompt[..], tokens].concat()).collect();
+    let registry = registry();
+    for tree in [None, Some("top-k")] {
+        for sequences in [1, 4] {
+            let options = options("knowing", None, tree).with_sequences(sequences);
+            let mut engine = Engine::load(&source, &device, &registry, &options, &mut |_| {}).unwrap();
+            let all = prompts().iter().map(|prompt| request(prompt, 40)).collect();
+            for (got, (want, margins)) in run_all(&mut engine, all).iter().zip(&want) {
+                assert_same_up_to_ties(&got.tokens, want, margins, &format!("{tree:?} × {sequences}"));
+                let acceptance = got.acceptance.as_ref().unwrap();
+                assert!(acceptance.mean_length > 3.0, "{tree:?}: {acceptance:?}");
+                assert_eq!(acceptance.wasted > acceptance.accepted, tree.is_some(), "{acceptance:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn sampled_tokens_do_not_depend_on_the_batch() {
+    let source = tiny();
+    let device = Device::cpu();
+    let sampled = |prompt: &Vec<u32>| {
+        let mut request = request(prompt, 20);
+        request.sampling =
+            Sampling { temperature: 0.9, top_k: Some(30), repetition_penalty: 1.2, seed: 5, ..Sampling::default() };
+        request
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let model = dflash(&source, folder.path());
+    let mut alone = engine(&source, &device, &EngineOptions::default().with_context(128));
+    let want: Vec<Vec<u32>> = prompts()
+        .iter()
+        .map(|prompt| alone.generate(&sampled(prompt), &mut |_| ControlFlow::Continue(())).unwrap().tokens)
+        .collect();
+    for (method, model) in [("ngram", None), ("dflash", Some(model.clone()))] {
+        for tree in [None, Some("top-k")] {
+            let mut engine = engine(&source, &device, &options(method, model.clone(), tree));
+            let got = run_all(&mut engine, prompts().iter().map(sampled).collect());
+            for (got, want) in got.iter().zip(&want) {
+                assert_eq!(&got.tokens, want, "{method} {tree:?}");
+            }
+        }
+    }
+    // Drawn drafts: other tokens of the same distribution, the same in a batch as alone.
+    for rule in ["rejection", "block"] {
+        let mut options = options("dflash", Some(model.clone()), None);
+        options.speculative.as_mut().unwrap().acceptance = Some(StrategyConfig::new(rule));
+        let mut several = engine(&source, &device, &options);
+        let together = run_all(&mut several, prompts().iter().map(sampled).collect());
+        let mut one = engine(&source, &device, &options.with_sequences(1));
+        for (prompt, together) in prompts().iter().zip(together) {
+            let alone = one.generate(&sampled(prompt), &mut |_| ControlFlow::Continue(())).unwrap();
+            assert_eq!(alone.tokens, together.tokens, "{rule}");
+            assert!(alone.lossless && alone.acceptance.unwrap().drafted > 0);
+        }
+    }
+}
+
+/// Pages run out in the middle: requests wait and go on, with the tokens that they have alone.
+#[test]
+fn nothing_is_lost_when_pages_run_out() {
+    let source = tiny();
+    let device = Device::cpu();
+    let want = plain(&source, &device, 60);
+    for method in [None, Some("ngram")] {
+        for prefix_cache in [false, true] {
+            let mut options = match method {
+                None => EngineOptions::default().with_context(128).with_sequences(4),
+                Some(method) => options(method, None, None),
+            };
+            // 8 pages of 16: one request alone needs 7 in the end.
+            (options.pool_pages, options.prefix_cache) = (Some(8), prefix_cache);
+            let mut engine = engine(&source, &device, &options);
+            let got = run_all(&mut engine, prompts().iter().map(|prompt| request(prompt, 60)).collect());
+            for (got, (want, margins)) in got.iter().zip(&want) {
+                assert_eq!(got.stop, StopReason::Length);
+                assert_same_up_to_ties(&got.tokens, want, margins, &format!("{method:?}, few pages"));
+            }
+            assert!(got.iter().any(|generation| generation.preemptions > 0), "{method:?}: nobody waited");
+        }
+    }
+    // A cache that is too small for one: what was said until then is there.
+    let mut options = EngineOptions::default().with_context(128);
+    options.pool_pages = Some(3);
+    let mut engine = engine(&source, &device, &options);
+    let got = engine.generate(&request(&prompts()[0], 60), &mut |_| ControlFlow::Continue(())).unwrap();
+    assert_eq!((got.stop, got.tokens.len()), (StopReason::OutOfPages, 48 - 18 + 1));
+    assert_same_up_to_ties(&got.tokens, &want[0].0[..31], &want[0].1, "until the pages ran out");
+    let long = engine.add_request(request(&[1; 60], 4)).unwrap_err().to_string();
+    assert!(long.contains("60 tokens, which need 4 pages, the cache has 3"), "{long}");
+}
+
+#[test]
+fn requests_come_and_go() {
+    let source = tiny();
+    let device = Device::cpu();
+    let want = plain(&source, &device, 30);
+    let mut engine = engine(&source, &device, &options("ngram", None, None));
+    let heard = Arc::new(AtomicUsize::new(0));
+    let counting = Arc::clone(&heard);
+    let callback = Box::new(move |tokens: &[u32]| {
+        let all = counting.fetch_add(tokens.len(), Ordering::Relaxed) + tokens.len();
+        if all >= 4 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    });
+    let prompts = prompts();
+    let streamed = engine.add_streaming_request(request(&prompts[0], 30), callback).unwrap();
+    let cancelled = engine.add_request(request(&prompts[2], 30)).unwrap();
+    let mut plainly = request(&prompts[3], 30);
+    plainly.speculative = false;
+    let plainly = engine.add_request(plainly).unwrap();
+    let mut done = BTreeMap::new();
+    let mut late = None;
+    for step in 0.. {
+        if step == 3 {
+            assert!(engine.cancel(cancelled));
+            late = Some(engine.add_request(request(&prompts[1], 30)).unwrap());
+        }
+        for event in engine.step() {
+            if let Happened::Finished(generation) = event.what {
+                done.insert(event.request, *generation);
+            }
+        }
+        if engine.is_idle() {
+            break;
+        }
+    }
+    assert!(!engine.cancel(cancelled), "it has ended");
+    assert_eq!(done[&streamed].stop, StopReason::Cancelled);
+    assert_eq!(done[&streamed].tokens.len(), heard.load(Ordering::Relaxed));
+    assert_eq!(done[&cancelled].stop, StopReason::Cancelled);
+    let so_far = &done[&cancelled].tokens;
+    assert_same_up_to_ties(so_far, &want[2].0[..so_far.len()], &want[2].1, "cancelled");
+    assert_same_up_to_ties(&done[&plainly].tokens, &want[3].0, &want[3].1, "without drafts");
+    assert_eq!(done[&plainly].acceptance.as_ref().unwrap().drafted, 0);
+    assert_same_up_to_ties(&done[&late.unwrap()].tokens, &want[1].0, &want[1].1, "late");
+}
+
+/// A beginning that was run before is not run again, the drafter's part included.
+#[test]
+fn a_common_beginning_is_shared() {
+    let source = tiny();
+    let device = Device::cpu();
+    let folder = tempfile::tempdir().unwrap();
+    let model = dflash(&source, folder.path());
+    let system: Vec<u32> = (0..50).map(|place| 20 + place * 7 % 31).collect();
+    let texts: Vec<Vec<u32>> =
+        [[1, 2, 3], [4, 5, 6], [1, 2, 3]].iter().map(|end| [&system[..], end].concat()).collect();
+    let mut alone = engine(&source, &device, &EngineOptions::default().with_context(128));
+    for (method, model) in [(None, None), (Some("ngram"), None), (Some("dflash"), Some(model))] {
+        let mut options = match method {
+            None => EngineOptions::default().with_context(128).with_sequences(4),
+            Some(method) => options(method, model, None),
+        };
+        options.prefix_cache = true;
+        let mut sharing = engine(&source, &device, &options);
+        for (number, text) in texts.iter().enumerate() {
+            let want = greedy(&mut alone, text, 20).tokens;
+            let margins = margins(&mut alone, text, &want, source.config.vocab_size as usize);
+            let got = greedy(&mut sharing, text, 20);
+            assert_same_up_to_ties(&got.tokens, &want, &margins, &format!("{method:?}, text {number}"));
+            // Of 53 tokens 3 pages of 16.
+            assert_eq!(got.cached_tokens, if number == 0 { 0 } else { 48 }, "{method:?}, text {number}");
+        }
+        // Two at once, beside each other.
+        let both = run_all(&mut sharing, texts[..2].iter().map(|text| request(text, 20)).collect());
+        for (got, text) in both.iter().zip(&texts) {
+            let want = greedy(&mut alone, text, 20).tokens;
+            let margins = margins(&mut alone, text, &want, source.config.vocab_size as usize);
+            assert_same_up_to_ties(&got.tokens, &want, &margins, "beside each other");
+            assert_eq!(got.cached_tokens, 48);
+        }
+    }
+    // A drafter that does not say what of it stays is given the whole text.
+    let mut silent = options("knowing", None, None);
+    silent.prefix_cache = true;
+    let mut silent = Engine::load(&source, &device, &registry(), &silent, &mut |_| {}).unwrap();
+    for _ in 0..2 {
+        assert_eq!(greedy(&mut silent, &texts[0], 4).cached_tokens, 0);
+    }
+}
+
+/// What strategies cannot serve is refused when the engine is made, or the request added.
+#[test]
+fn strategies_that_do_not_fit_are_refused() {
+    let source = tiny();
+    let device = Device::cpu();
+    let load = |change: &dyn Fn(&mut SpeculativeOptions)| {
+        let mut options = options("ngram", None, None);
+        change(options.speculative.as_mut().unwrap());
+        Engine::load(&source, &device, Registry::global().unwrap(), &options, &mut |_| {})
+    };
+    let error = |change: &dyn Fn(&mut SpeculativeOptions)| load(change).unwrap_err().to_string();
+    let text = error(&|options| options.tree = Some(StrategyConfig::new("oak")));
+    assert!(
+        text.contains("speculative.tree: unknown tree builder 'oak'") && text.contains("best-first, chain"),
+        "{text}"
+    );
+    let text = error(&|options| options.acceptance = Some(StrategyConfig::new("always")));
+    assert!(text.contains("speculative.acceptance") && text.contains("rejection"), "{text}");
+    let text = error(&|options| options.length = Some(StrategyConfig::new("long")));
+    assert!(text.contains("speculative.length") && text.contains("adaptive"), "{text}");
+    let text = error(&|options| (options.tree, options.tree_nodes) = (Some(StrategyConfig::new("top-k")), Some(0)));
+    assert!(text.contains("speculative.tree_nodes: 0"), "{text}");
+    let text = error(&|options| options.tree_nodes = Some(4));
+    assert!(text.contains("4 is given, but no tree"), "{text}");
+    let text = error(&|options| options.num_speculative_tokens = Some(4_000_000_000));
+    assert!(text.contains("4000000000") && text.contains("1 to 32"), "{text}");
+    let mut greedy_only = load(&|options| options.acceptance = Some(StrategyConfig::new("greedy"))).unwrap();
+    let mut warm = request(&[1, 2], 4);
+    warm.sampling.temperature = 1.0;
+    let text = greedy_only.add_request(warm.clone()).unwrap_err().to_string();
+    assert!(text.contains("temperature 0, the request's is 1"), "{text}");
+    warm.speculative = false;
+    greedy_only.add_request(warm).unwrap();
+    let mut lossy = load(&|options| options.acceptance = Some(StrategyConfig::new("typical"))).unwrap();
+    let got = greedy(&mut lossy, &prompts()[0], 10);
+    assert!(!got.lossless, "it says so");
+}
+
+/// Synthetic acceptance has the length that was asked for, whatever is drafted.
+#[test]
+fn synthetic_acceptance_has_its_length() {
+    let source = tiny();
+    let folder = tempfile::tempdir().unwrap();
+    let mut options = options("dflash", Some(dflash(&source, folder.path())), None);
+    let speculative = options.speculative.as_mut().unwrap();
+    speculative.acceptance = Some(StrategyConfig::new("synthetic").with(serde_json::json!({"length": 4})));
+    speculative.num_speculative_tokens = Some(7);
+    let mut engine = engine(&source, &Device::cpu(), &options);
+    let got = greedy(&mut engine, &prompts()[0], 81);
+    assert_eq!((got.steps, got.lossless), (20, false));
+    assert_eq!(got.acceptance.unwrap().histogram, [0, 0, 0, 20]);
+}
+
+/// A length policy that says 0 decodes plainly.
+#[test]
+fn policies_are_asked() {
+    let source = tiny();
+    let device = Device::cpu();
+    let want = plain(&source, &device, 30);
+    let policy = |name: &str, parameters: serde_json::Value| {
+        let mut options = options("ngram", None, None);
+        options.speculative.as_mut().unwrap().length = Some(StrategyConfig::new(name).with(parameters));
+        let mut engine = engine(&source, &device, &options);
+        let got = run_all(&mut engine, prompts().iter().map(|prompt| request(prompt, 30)).collect());
+        for (got, (want, margins)) in got.iter().zip(&want) {
+            assert_same_up_to_ties(&got.tokens, want, margins, name);
+        }
+        got.into_iter()
+            .filter_map(|one| one.acceptance)
+            .fold((0, 0), |(steps, most), one| (steps + one.drafted_steps, most.max(one.per_position.len())))
+    };
+    assert_eq!(policy("fixed", serde_json::json!({"tokens": 0})), (0, 0));
+    assert_eq!(policy("fixed", serde_json::json!({"tokens": 2})).1, 2);
+    assert!(policy("per-batch-size", serde_json::json!({"table": [[1, 3], [3, 1]]})).1 <= 3);
+    policy("adaptive", serde_json::Value::Null);
+}
+
+/// A stranger's strategies take part like any other.
+#[test]
+fn strategies_can_be_registered() {
+    let entry = polyattn_api::strategy_entry!("mine", |parameters| {
+        polyattn_api::strategy::none(parameters).map(|()| Box::new(polyattn_api::BestFirst) as _)
+    });
+    let registry = Registry::builder()
+        .backend(polyattn_api::BackendEntry {
+            origin: entry.origin,
+            interface: INTERFACE_VERSION,
+            priority: 1,
+            make: || Arc::new(polyattn::cpu::Cpu),
+        })
+        .proposer(ProposerEntry { origin: entry.origin, interface: INTERFACE_VERSION, make: || Arc::new(Knowing) })
+        .strategies::<dyn polyattn_api::TreeBuilder>([entry])
+        .build()
+        .unwrap();
+    let loaded = Engine::load(&tiny(), &Device::cpu(), &registry, &options("knowing", None, Some("MINE")), &mut |_| {});
+    assert_eq!(loaded.unwrap().strategies().unwrap(), ("best-first", "match", "fixed"));
+    let twice = Registry::builder().strategies::<dyn polyattn_api::TreeBuilder>([entry, entry]).build().unwrap_err();
+    assert!(twice.to_string().contains("two tree builders are called 'mine'"), "{twice}");
+}
