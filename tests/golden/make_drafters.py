@@ -165,14 +165,14 @@ def write(folder, config, stored, golden):
     write_safetensors(folder / "golden.safetensors", golden)
 
 
-def extrapolating(method, name, kind, at, config, shapes, taps, seed, maps=None):
-    """A case of a drafter that extrapolates hidden states; `maps` are tensors of whole numbers."""
+def extrapolating(method, name, kind, at, config, shapes, taps, seed, maps=None, size=1.0):
+    """A case of a drafter that extrapolates hidden states; `maps` are tensors of whole numbers, `size` that of inputs."""
     rng = np.random.default_rng(seed)
     stored = random_weights(shapes, STORED[config["torch_dtype"]], rng) | (maps or {})
     model = kind(config, {tensor: decode(*value) for tensor, value in stored.items()}, at)
     last = max(ROWS.values())
-    embed = encode(rng.normal(size=(VOCAB, HIDDEN)), "F32")
-    features = encode(rng.normal(size=(last, taps * HIDDEN)) * 2, "F32")
+    embed = encode(rng.normal(size=(VOCAB, HIDDEN)) * size, "F32")
+    features = encode(rng.normal(size=(last, taps * HIDDEN)) * 2 * size, "F32")
     tokens = rng.integers(0, VOCAB, last + 1)
     golden = {"embed": ("F32", embed), "features": ("F32", features), "tokens": ("I32", encode(tokens, "I32"))}
     embed, features = embed.astype(np.float64), features.astype(np.float64)
@@ -216,10 +216,11 @@ def medusa(name, heads, blocks, dtype, seed):
 
 def eagle():
     dims = LAYER | {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    # Nothing is normed before this attention, so inputs are small: large scores would magnify rounding.
     for name, dtype, bias, seed in (("eagle1", "float32", True, 300), ("eagle1-bf16", "bfloat16", False, 301)):
         shapes = [("fc.weight", (HIDDEN, 2 * HIDDEN))] + [("fc.bias", (HIDDEN,))] * bias
         shapes += layer_shapes("layers.0.", dims, HIDDEN, input_norm=False)
-        extrapolating("eagle", name, Eagle1, "layers.0.", dims | {"torch_dtype": dtype, "bias": bias}, shapes, 1, seed)
+        extrapolating("eagle", name, Eagle1, "layers.0.", dims | {"torch_dtype": dtype, "bias": bias}, shapes, 1, seed, size=0.25)
 
     dims = LAYER | {"architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama"}
     taps = {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 3, 5], "use_aux_hidden_state": True}}

@@ -272,7 +272,8 @@ impl AcceptanceRule for Block {
                 let all = rest + 1.0 - ratio;
                 if all > 0.0 { rest / all } else { 1.0 }
             };
-            let noise = verification.sampling.noise(verification.position(node as usize), Purpose::Accept);
+            // Noise of this step, not of the position: it is drawn for positions too that the next step judges again.
+            let noise = verification.sampling.noise_of(verification.position(0), node, Purpose::Accept);
             // The last that would be accepted counts, whatever was before it.
             if noise < accepting {
                 kept = (node + 1, ratio, p.clone());

@@ -18,8 +18,8 @@ fn move_kv(@builtin(global_invocation_id) id: vec3<u32>) {
     let part = id.x / call.words;
     let word = id.x % call.words;
     for (var i = 0u; i < call.count; i++) {
-        let from = cache_row(moves[2u * i], part, call.parts) * call.words + word;
-        let to = cache_row(moves[2u * i + 1u], part, call.parts) * call.words + word;
-        cache[to] = cache[from];
+        let source = cache_row(moves[2u * i], part, call.parts) * call.words + word;
+        let place = cache_row(moves[2u * i + 1u], part, call.parts) * call.words + word;
+        cache[place] = cache[source];
     }
 }

@@ -8,7 +8,7 @@ use polyattn_device::{Buffer, BufferSlice, Commands, Device, DeviceError};
 use serde::{Serialize, de::DeserializeOwned};
 
 use crate::{
-    AttentionKernel, BackendError, Draft, EngineConfig, KvDType, Marginals, ModelConfig, Sampling, TreeWish,
+    AttentionKernel, BackendError, Draft, EngineConfig, KvDType, Marginals, ModelConfig, Purpose, Sampling, TreeWish,
     default_draft_config,
 };
 
@@ -377,9 +377,8 @@ pub struct DraftSequence<'a> {
     /// these are more.
     pub pages: &'a [i32],
     /// How its tokens are chosen, where drafts that were drawn like this are worth more than the most likely ones. A
-    /// drafter that draws does so with the noise of [`Purpose::Draft`](crate::Purpose) at the token's position, and
-    /// gives [`Draft::drawn_from`]; temperature and cuts of its own change acceptance alone. One that cannot draw
-    /// drafts the most likely.
+    /// drafter that draws does so with [`noise`](Self::noise), and gives [`Draft::drawn_from`]; temperature and cuts of
+    /// its own change acceptance alone. One that cannot draw drafts the most likely.
     pub sampling: Option<&'a Sampling>,
 }
 
@@ -388,6 +387,14 @@ impl<'a> DraftSequence<'a> {
     #[must_use]
     pub const fn new(id: u64, tokens: &'a [u32], width: u32, pages: &'a [i32]) -> Self {
         Self { id, tokens, width, pages, sampling: None }
+    }
+
+    /// The noise, from 0 to below 1, that draws node `node` of this step's draft; 0 where the most likely are wanted. It
+    /// is another in every step: a rule may judge a token by those behind it, so that what was drawn for a position
+    /// once says something of why the position is drafted for again.
+    #[must_use]
+    pub fn noise(&self, node: u32) -> f64 {
+        self.sampling.map_or(0.0, |sampling| sampling.noise_of(self.tokens.len() as u64, node, Purpose::Draft))
     }
 
     /// With tokens drawn like this.

@@ -21,7 +21,7 @@ use crate::{
     attention::Kernels,
     record::Recorder,
     runner::{Head, Ids, Pass, PassSequence, Runner, RunnerSizes},
-    scheduler::{Event, Running},
+    scheduler::{Event, Running, StepTimes},
 };
 
 /// Tokens beyond the context that the pool has room for: a drafter's block reaches beyond what is emitted.
@@ -163,6 +163,7 @@ pub struct Engine {
     pub(crate) ahead: VecDeque<Readback>,
     /// Whether the last pass was of prompts.
     pub(crate) prefilled_last: bool,
+    pub(crate) times: StepTimes,
 }
 
 /// A drafter, and how its drafts are used.
@@ -314,6 +315,7 @@ impl Engine {
             recorded: None,
             ahead: VecDeque::new(),
             prefilled_last: false,
+            times: StepTimes::default(),
         })
     }
 

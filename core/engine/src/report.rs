@@ -32,6 +32,8 @@ pub struct Acceptance {
     pub rate: f64,
     /// For each position the share of steps that accepted it, among those that drafted it.
     pub per_position: Vec<f64>,
+    /// Steps that drafted each position.
+    pub drafted_per_position: Vec<u64>,
     /// Steps with a draft.
     pub drafted_steps: u64,
     /// Tokens drafted and verified.
@@ -91,6 +93,7 @@ impl AcceptanceCounts {
                 .enumerate()
                 .map(|(place, drafted)| share(self.accepted_at.get(place).copied().unwrap_or(0), *drafted))
                 .collect(),
+            drafted_per_position: self.drafted_at.clone(),
             drafted_steps: steps,
             drafted,
             accepted,

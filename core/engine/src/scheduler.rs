@@ -59,6 +59,25 @@ impl fmt::Display for RequestId {
 /// Hears of a request's new tokens as they come, of none between the chunks of its prompt; may end it.
 pub type TokenCallback = Box<dyn FnMut(&[u32]) -> ControlFlow<()> + Send>;
 
+/// Where the time of steps went.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StepTimes {
+    /// Steps.
+    pub steps: u64,
+    /// All of them together.
+    pub total: Duration,
+    /// In the target and the drafter: recording their work, and waiting for it.
+    pub models: Duration,
+}
+
+impl StepTimes {
+    /// The share that was the models', from 0 to 1.
+    #[must_use]
+    pub fn efficiency(&self) -> f64 {
+        if self.total.is_zero() { 1.0 } else { self.models.as_secs_f64() / self.total.as_secs_f64() }
+    }
+}
+
 /// Something that happened to a request.
 #[derive(Debug)]
 pub struct Event {
@@ -292,6 +311,7 @@ impl Engine {
     /// One pass of the target for all requests that can take part in it: chunks of prompts, or the next tokens with
     /// their drafts. Answers what happened to each; an error ends the requests of the pass it happened in.
     pub fn step(&mut self) -> Vec<Event> {
+        let begun = Instant::now();
         self.admit();
         let mut concerned = Vec::new();
         if !self.running.is_empty() {
@@ -302,7 +322,14 @@ impl Engine {
             self.attribute(&concerned, &backends, &calls);
         }
         meter::load(self.running.len(), self.waiting.len(), self.pages.free());
+        self.times.steps += 1;
+        self.times.total += begun.elapsed();
         std::mem::take(&mut self.events)
+    }
+
+    /// Where the time of the steps since the last call went.
+    pub fn take_times(&mut self) -> StepTimes {
+        std::mem::take(&mut self.times)
     }
 
     /// Generates from a prompt. `on_tokens` is given each step's new tokens, none between the chunks of the prompt, and
@@ -628,12 +655,14 @@ impl Engine {
         }
         let head = if last_rows.is_empty() { Head::None } else { Head::Rows(&last_rows) };
         let pass = Pass { phase: Phase::Prefill, ids: Ids::Host(&ids), sequences: &sequences, head };
+        let begun = Instant::now();
         self.runner.pass(&mut commands, &self.kernels, &pass)?;
         let answered: Vec<(usize, u32)> = whole.iter().map(|at| (*at, 1)).collect();
         let answers = self.ask(&mut commands, &answered)?;
         self.submit(commands)?;
-
         let answers = answers.wait()?;
+        self.times.models += begun.elapsed();
+
         let mut row = 0;
         let mut commits: Vec<(u64, Vec<u32>, u32)> = Vec::new();
         let mut place = 0;
@@ -833,6 +862,7 @@ impl Engine {
             Some(buffer) => Ids::Gathered { ids: buffer.whole(), sources: &ids },
         };
         let phase = if total as usize > parts.len() { Phase::Verify } else { Phase::Decode };
+        let asking = Instant::now();
         self.runner.pass(&mut commands, &self.kernels, &Pass { phase, ids, sequences: &sequences, head: Head::All })?;
         let answered: Vec<(usize, u32)> =
             parts.iter().filter_map(|part| Some((self.place(part.id)?, part.rows))).collect();
@@ -845,6 +875,7 @@ impl Engine {
         self.submit(commands)?;
         let read = read.map(Readback::wait_as::<u32>).transpose()?;
         let answers = answers.wait()?;
+        self.times.models += asking.elapsed();
         self.judge(parts, read.as_deref(), &answers, begun, drafted_in)
     }
 
@@ -898,7 +929,10 @@ impl Engine {
             candidates: CANDIDATES,
         });
         let mut context = ProposeContext::new(&mut commands, &sequences, &self.runner).with_tree(tree);
-        let proposal = match drafting.drafter.propose(&mut context) {
+        let begun = Instant::now();
+        let proposal = drafting.drafter.propose(&mut context);
+        self.times.models += begun.elapsed();
+        let proposal = match proposal {
             Ok(Proposal::Marginals(all)) => {
                 let drafts = all.iter().zip(&sequences).map(|(marginals, sequence)| {
                     tree.map_or_else(Draft::default, |tree| tree.builder.build(marginals, tree.nodes, sequence.width))
@@ -1126,7 +1160,10 @@ impl Engine {
             })
             .collect();
         let mut outcome = Outcome::new(&mut commands, &committed, self.runner.taps(), &self.runner);
-        match drafting.drafter.commit(&mut outcome) {
+        let begun = Instant::now();
+        let told = drafting.drafter.commit(&mut outcome);
+        self.times.models += begun.elapsed();
+        match told {
             Ok(()) => {
                 self.recorded = Some(commands);
                 for (id, rows, position) in commits {

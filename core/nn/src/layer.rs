@@ -69,8 +69,8 @@ impl LayerShape {
     }
 }
 
-/// What queries, keys and values of a layer are made from. Drafters that extrapolate a target's hidden states differ
-/// from the decoder here, and nowhere else.
+/// What grouped-query attention is made from. Drafters that extrapolate a target's hidden states differ from the decoder
+/// here, and nowhere else.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum LayerInput {
     /// The residual stream behind an RMS norm, as in a decoder.
@@ -291,7 +291,7 @@ impl DecoderLayer {
         Self::load_for(loader, shape, LayerInput::Normed, name)
     }
 
-    /// Loads a layer that takes this input.
+    /// Loads such a layer that takes this input.
     ///
     /// # Errors
     /// As [`load`](Self::load).
@@ -375,30 +375,11 @@ impl DecoderLayer {
         self.forward_from(commands, x.whole(), x, rows, attention, scratch)
     }
 
-    /// Records the keys and values that `input` makes into the cache, and nothing else: all that later rows see of rows
-    /// whose output nobody needs. `input` is that of the layer, see [`LayerInput`].
-    ///
-    /// # Errors
-    /// Buffers that do not fit; a layer of latent attention.
-    pub fn store(
-        &self,
-        commands: &mut Commands,
-        input: BufferSlice<'_>,
-        rows: Rows<'_>,
-        attention: &LayerAttention<'_>,
-        scratch: &LayerScratch,
-    ) -> Result<(), NnError> {
-        match &self.attention {
-            Attention::Gqa(gqa) => gqa.store(commands, input, rows, attention, scratch),
-            Attention::Mla(_) => Err(NnError::Shape("latent attention stores no rows without answering them".into())),
-        }
-    }
-
     /// [`forward`](Self::forward) of a layer whose attention takes its input from `input`, see [`LayerInput`]; `x` is the
-    /// residual stream. Latent attention takes it from `x`.
+    /// residual stream. Latent attention takes it from `x` in any case.
     ///
     /// # Errors
-    /// Buffers that do not fit, scratch of another shape.
+    /// As [`forward`](Self::forward).
     pub fn forward_from(
         &self,
         commands: &mut Commands,
@@ -418,6 +399,27 @@ impl DecoderLayer {
             }
         }
         self.feed_forward.forward(commands, x, &self.feed_forward_norm, self.eps, rows.count, scratch)
+    }
+
+    /// Records the keys and values that `input` makes into the cache, and nothing else: all that later rows see of rows
+    /// whose output nobody needs. `input` is that of the layer, see [`LayerInput`].
+    ///
+    /// # Errors
+    /// Buffers that do not fit, a layer of latent attention.
+    pub fn store(
+        &self,
+        commands: &mut Commands,
+        input: BufferSlice<'_>,
+        rows: Rows<'_>,
+        attention: &LayerAttention<'_>,
+        scratch: &LayerScratch,
+    ) -> Result<(), NnError> {
+        match &self.attention {
+            Attention::Gqa(gqa) => gqa.store(commands, input, rows, attention, scratch),
+            Attention::Mla(_) => {
+                Err(NnError::Shape("keys and values alone are made of grouped-query attention only".into()))
+            }
+        }
     }
 }
 

@@ -433,9 +433,9 @@ impl DFlashDrafter {
             let likeliest = Sampling::default();
             let sampling = sequence.sampling.unwrap_or(&likeliest);
             let mut draft = Draft::default();
-            for (row, position) in rows.by_ref().take(*width as usize).zip(sequence.tokens.len() as u64..) {
+            for (row, slot) in rows.by_ref().take(*width as usize).zip(0..) {
                 let from = sampling.distribution(row, &[sequence.tokens]);
-                draft.tokens.push(from.draw(sampling.noise(position, Purpose::Draft)));
+                draft.tokens.push(from.draw(sequence.noise(slot)));
                 draft.drawn_from.extend(sequence.sampling.is_some().then_some(from));
             }
             draft

@@ -63,10 +63,16 @@ impl MtpConfig {
             return Err(config.fault(format!("{field} is {count}, only 1 is supported")));
         }
         let model = DecoderConfig::from_hf_folder(&config.folder).map_err(NnError::from)?;
-        if let Some(window) = model.windows.iter().flatten().next() {
-            return Err(
-                config.fault(format!("a sliding window of {window} is not supported with multi-token prediction"))
-            );
+        let unsupported = [
+            (model.latent.is_some(), "latent attention"),
+            (model.experts.is_some(), "a mixture of experts"),
+            (model.windows.iter().any(Option::is_some), "a sliding window"),
+        ];
+        if let Some((_, what)) = unsupported.iter().find(|(found, _)| *found) {
+            return Err(config.fault(format!(
+                "multi-token prediction in a model with {what} is not supported, only with grouped-query attention over \
+                 all keys and a SwiGLU"
+            )));
         }
         let dtype = match raw.dtype.as_deref() {
             Some("float32") => DType::F32,

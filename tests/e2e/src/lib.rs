@@ -1,9 +1,13 @@
 //! What the end-to-end tests share: devices, models, and the rule by which greedy tokens are compared.
 #![expect(clippy::unwrap_used, clippy::missing_panics_doc, reason = "a test's help may fail the test")]
 
-use std::{ops::ControlFlow, path::PathBuf};
+use std::{
+    io,
+    ops::ControlFlow,
+    path::{Path, PathBuf},
+};
 
-use polyattn_api::Registry;
+use polyattn_api::{Registry, TargetFacts};
 use polyattn_device::{Device, DeviceChoice};
 use polyattn_engine::{Engine, EngineOptions, Generation, Request};
 use polyattn_nn::load::ModelSource;
@@ -28,6 +32,31 @@ pub fn devices() -> Vec<Device> {
 #[must_use]
 pub fn tests_folder(path: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("..").join(path)
+}
+
+/// What a proposer is tried with: a checkpoint of its own, and a target if it needs another than the tiny one.
+#[derive(Clone, Debug, Default)]
+pub struct Drafted {
+    /// The target, where it is not the one that was given.
+    pub target: Option<PathBuf>,
+    /// The drafter's checkpoint.
+    pub checkpoint: Option<PathBuf>,
+}
+
+/// Writes what a proposer is tried with into an empty folder, for the target at a path.
+pub type WriteTiny = fn(&Path, &Path) -> io::Result<Drafted>;
+
+/// The proposers that need a checkpoint, each with who writes a tiny random one in its own format.
+pub const TINY_DRAFTERS: &[(&str, WriteTiny)] = &[("dflash", |target, folder| {
+    polyattn_dflash::tiny::write_random(&facts(target), folder, false)?;
+    Ok(Drafted { target: None, checkpoint: Some(folder.to_owned()) })
+})];
+
+/// What a proposer knows of the target at a path.
+#[must_use]
+pub fn facts(target: &Path) -> TargetFacts {
+    let model = ModelSource::open(target).unwrap().config;
+    TargetFacts::new(model.layers, model.hidden_size, model.vocab_size, model.context_length)
 }
 
 /// SmolLM2-135M-Instruct, if it was fetched; says how to fetch it where it was not.

@@ -484,3 +484,104 @@ fn strategies_can_be_registered() {
     let twice = Registry::builder().strategies::<dyn polyattn_api::TreeBuilder>([entry, entry]).build().unwrap_err();
     assert!(twice.to_string().contains("two tree builders are called 'mine'"), "{twice}");
 }
+
+/// Drafts the last token again, and fails in its third call.
+#[derive(Debug)]
+struct Failing;
+
+#[derive(Debug, Default)]
+struct FailingDrafter {
+    calls: u32,
+    taps: TapSpec,
+}
+
+impl Proposer for Failing {
+    fn name(&self) -> &'static str {
+        "failing"
+    }
+
+    fn requirements(&self) -> &ProposerRequirements {
+        const NEEDS: ProposerRequirements = ProposerRequirements::none();
+        &NEEDS
+    }
+
+    fn load(&self, _: &LoadContext<'_>) -> Result<Box<dyn Drafter>, ProposerError> {
+        Ok(Box::new(FailingDrafter::default()))
+    }
+}
+
+impl Drafter for FailingDrafter {
+    fn taps(&self) -> &TapSpec {
+        &self.taps
+    }
+
+    fn max_tokens(&self) -> u32 {
+        2
+    }
+
+    fn propose(&mut self, context: &mut ProposeContext<'_>) -> Result<Proposal, ProposerError> {
+        self.calls += 1;
+        if self.calls == 3 {
+            return Err(ProposerError::Unsupported("no ideas left".into()));
+        }
+        Ok(Proposal::Host(context.sequences.iter().map(|one| one.tokens[one.tokens.len() - 1..].to_vec().into()).collect()))
+    }
+
+    fn commit(&mut self, _: &mut Outcome<'_>) -> Result<(), ProposerError> {
+        Ok(())
+    }
+}
+
+/// Counts what is counted.
+#[derive(Clone, Debug, Default)]
+struct Counts(Arc<parking_lot::Mutex<BTreeMap<String, Arc<std::sync::atomic::AtomicU64>>>>);
+
+impl metrics::Recorder for Counts {
+    fn describe_counter(&self, _: metrics::KeyName, _: Option<metrics::Unit>, _: metrics::SharedString) {}
+    fn describe_gauge(&self, _: metrics::KeyName, _: Option<metrics::Unit>, _: metrics::SharedString) {}
+    fn describe_histogram(&self, _: metrics::KeyName, _: Option<metrics::Unit>, _: metrics::SharedString) {}
+
+    fn register_counter(&self, key: &metrics::Key, _: &metrics::Metadata<'_>) -> metrics::Counter {
+        let count = Arc::clone(self.0.lock().entry(key.name().to_owned()).or_default());
+        metrics::Counter::from_arc(count)
+    }
+
+    fn register_gauge(&self, _: &metrics::Key, _: &metrics::Metadata<'_>) -> metrics::Gauge {
+        metrics::Gauge::noop()
+    }
+
+    fn register_histogram(&self, _: &metrics::Key, _: &metrics::Metadata<'_>) -> metrics::Histogram {
+        metrics::Histogram::noop()
+    }
+}
+
+/// A drafter that is lost on the way costs drafts alone: it is counted, the tokens are the same, and later requests have
+/// it again.
+#[test]
+fn a_lost_drafter_is_counted() {
+    let source = tiny();
+    let device = Device::cpu();
+    let want = plain(&source, &device, 20);
+    let origin = Origin { crate_name: "stranger", version: "0.1.0" };
+    let all = Registry::global().unwrap();
+    let failing = polyattn_api::RegisteredProposer { origin, proposer: Arc::new(Failing) };
+    let registry = all.with_proposer(failing).unwrap();
+    let counts = Counts::default();
+    metrics::with_local_recorder(&counts, || {
+        let mut engine = Engine::load(&source, &device, &registry, &options("failing", None, None), &mut |_| {}).unwrap();
+        let got = run_all(&mut engine, prompts().iter().map(|prompt| request(prompt, 20)).collect());
+        for (got, (want, margins)) in got.iter().zip(&want) {
+            assert_same_up_to_ties(&got.tokens, want, margins, "without a drafter in the end");
+            assert!(got.drafter_lost);
+        }
+        let later = greedy(&mut engine, &prompts()[0], 20);
+        assert!(!later.drafter_lost && later.acceptance.unwrap().drafted > 0);
+    });
+    let count = |name: &str| counts.0.lock()[name].load(Ordering::Relaxed);
+    assert_eq!(count("polyattn_drafters_lost_total"), 4);
+    assert_eq!(count("polyattn_requests_total"), 5);
+    assert_eq!(
+        count("polyattn_drafted_tokens_total"),
+        count("polyattn_accepted_tokens_total") + count("polyattn_wasted_tokens_total")
+    );
+}

@@ -18,7 +18,7 @@ use polyattn_api::{Registry, StrategyConfig, TargetFacts};
 use polyattn_device::Device;
 use polyattn_e2e::{assert_same_up_to_ties, devices, engine, greedy, margins, tests_folder};
 use polyattn_engine::{Engine, EngineOptions, Happened, Request, SpeculativeOptions};
-use polyattn_nn::load::ModelSource;
+use polyattn_nn::load::{Checkpoint, ModelSource};
 
 const PROMPT: [u32; 18] = [5, 9, 17, 33, 5, 9, 17, 40, 41, 42, 5, 9, 17, 33, 70, 5, 9, 17];
 
@@ -94,6 +94,7 @@ fn greedy_tokens_are_the_targets() {
 fn drafters_that_know_the_target_are_accepted() {
     let folder = tempfile::tempdir().unwrap();
     let target = folder.path().join("target");
+    fs::create_dir(&target).unwrap();
     polyattn_conformance::write_counting_target(&target).unwrap();
     let source = ModelSource::open(&target).unwrap();
     let facts = facts(&source, &target);
@@ -187,7 +188,7 @@ fn requests_of_unequal_lengths_do_not_mix() {
     }
 }
 
-/// A target's folder with the tensors of a layer for multi-token prediction in a file beside its own.
+/// A target's folder with the tensors of a layer for multi-token prediction in a shard of its own.
 #[test]
 fn a_layer_in_the_targets_checkpoint_is_found() {
     for form in [Form::DeepSeek, Form::Qwen] {
@@ -197,12 +198,19 @@ fn a_layer_in_the_targets_checkpoint_is_found() {
         mtp::write_random(&facts_of, &folder.path().join("layer"), form).unwrap();
         let whole = folder.path().join("whole");
         fs::create_dir(&whole).unwrap();
-        for name in ["tokenizer.json", "tokenizer_config.json", "model.safetensors"] {
+        for name in ["tokenizer.json", "tokenizer_config.json"] {
             fs::copy(target.join(name), whole.join(name)).unwrap();
         }
         let layer = folder.path().join("layer");
         fs::copy(layer.join("config.json"), whole.join("config.json")).unwrap();
-        fs::copy(layer.join("model.safetensors"), whole.join("mtp.safetensors")).unwrap();
+        let mut map = serde_json::Map::new();
+        for (from, shard) in [(&target, "model-1.safetensors"), (&layer, "model-2.safetensors")] {
+            fs::copy(from.join("model.safetensors"), whole.join(shard)).unwrap();
+            let names = Checkpoint::open(&whole.join(shard)).unwrap();
+            map.extend(names.names().into_iter().map(|name| (name.to_owned(), shard.into())));
+        }
+        let index = serde_json::json!({ "weight_map": map });
+        fs::write(whole.join("model.safetensors.index.json"), index.to_string()).unwrap();
         let source = ModelSource::open(&whole).unwrap();
         let device = Device::cpu();
         let want = greedy(&mut engine(&source, &device, &options(None)), &PROMPT, 16).tokens;

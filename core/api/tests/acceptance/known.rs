@@ -114,7 +114,7 @@ fn block_of_two_tokens() {
     let mut seen = [0; 3];
     for seed in 0..600 {
         let sampling = sampled(seed);
-        let noise = [3, 4].map(|position| sampling.noise(position, Purpose::Accept));
+        let noise = [0, 1].map(|node| sampling.noise_of(3, node, Purpose::Accept));
         // r₂ = min(1, ½ · 0.6 ÷ 0.2) = 1, or min(1, ½ · 0.4 ÷ 0.8) = ¼: the last is h₂.
         for (token, last) in [(0, 1.0), (1, 0.25)] {
             let draft = Draft { drawn_from: q.to_vec(), ..vec![0, token].into() };
@@ -134,7 +134,7 @@ fn block_of_two_tokens() {
     // Without chance, S = r · (1 − p(d)).
     for seed in 0..200 {
         let sampling = sampled(seed);
-        let noise = [3, 4].map(|position| sampling.noise(position, Purpose::Accept));
+        let noise = [0, 1].map(|node| sampling.noise_of(3, node, Purpose::Accept));
         let got = judge(&Block, &vec![0, 1].into(), &sampling, &[&p[0], &p[1], &[1.0, 0.0]]);
         let h = [0.25 * 0.6 / (0.25 * 0.6 + 0.75), 0.25 * 0.4];
         let want = (0..2).rev().find(|place| noise[*place] < h[*place]).map_or(0, |place| place + 1);
@@ -149,7 +149,7 @@ fn block_accepts_more() {
     let (mut block, mut token) = (0, 0);
     for seed in 0..4000 {
         let sampling = sampled(seed);
-        let tokens: Vec<u32> = (3..7).map(|position| q.draw(sampling.noise(position, Purpose::Draft))).collect();
+        let tokens: Vec<u32> = (0..4).map(|node| q.draw(sampling.noise_of(3, node, Purpose::Draft))).collect();
         let draft = Draft { drawn_from: vec![q.clone(); 4], ..tokens.into() };
         block += judge(&Block, &draft, &sampling, &[&p[..]; 5]).nodes.len();
         token += judge(&Rejection, &draft, &sampling, &[&p[..]; 5]).nodes.len();

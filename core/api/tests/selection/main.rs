@@ -11,3 +11,4 @@ mod moe;
 mod reasons;
 mod registry;
 mod select;
+mod trees;

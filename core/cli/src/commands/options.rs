@@ -203,6 +203,14 @@ pub(crate) struct SpeculativeChoice {
 }
 
 impl SpeculativeArgs {
+    /// One choice for each proposer that was named, where several may be.
+    ///
+    /// # Errors
+    /// As [`merge`](Self::merge).
+    pub(crate) fn each_proposer(&self) -> Result<Vec<SpeculativeChoice>, Failure> {
+        self.proposer.iter().map(|name| Self { proposer: vec![name.clone()], ..self.clone() }.merge()).collect()
+    }
+
     /// One choice out of everything that was said.
     ///
     /// # Errors

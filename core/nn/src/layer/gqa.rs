@@ -18,7 +18,6 @@ pub(super) struct Gqa {
     head_dim: u32,
     eps: f32,
     pairing: RopePairing,
-    /// Of the residual stream, where that is the input.
     norm: Option<Vector>,
     qkv: Matrix,
     qkv_bias: Option<Vector>,
@@ -34,11 +33,11 @@ impl Gqa {
         shape: &LayerShape,
         input: LayerInput,
     ) -> Result<Self, NnError> {
-        let heads = shape.query_heads * shape.head_dim;
         let width = match input {
             LayerInput::Apart(width) => width,
             LayerInput::Normed | LayerInput::Bare => shape.hidden_size,
         };
+        let heads = shape.query_heads * shape.head_dim;
         Ok(Self {
             query_heads: shape.query_heads,
             kv_heads: shape.kv_heads,
@@ -46,7 +45,7 @@ impl Gqa {
             eps: shape.eps,
             pairing: shape.pairing,
             norm: match input {
-                LayerInput::Normed => Some(loader.vector(&[W::AttentionNorm], shape.hidden_size)?),
+                LayerInput::Normed => Some(loader.vector(&[W::AttentionNorm], width)?),
                 LayerInput::Bare | LayerInput::Apart(_) => None,
             },
             qkv: loader.matrix(&[W::Query, W::Key, W::Value], width, shape.qkv_width())?,
@@ -78,7 +77,7 @@ impl Gqa {
         weight.map(|weight| Norm { weight, eps: self.eps })
     }
 
-    /// Records queries, and keys and values into the cache.
+    /// Queries into scratch, keys and values into the cache.
     pub(super) fn store(
         &self,
         commands: &mut Commands,
@@ -125,7 +124,7 @@ impl Gqa {
         Ok(attention.kernel.store_kv(commands, attention.plan, &store)?)
     }
 
-    /// Adds attention over `input` to `x`.
+    /// Adds attention to `x`.
     pub(super) fn forward(
         &self,
         commands: &mut Commands,

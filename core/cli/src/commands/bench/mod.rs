@@ -1,5 +1,6 @@
 //! `polyattn bench`.
 
+mod acceptance;
 mod generate;
 mod kernels;
 mod plot;
@@ -12,7 +13,8 @@ use crate::{failure::Ended, output::Context};
   polyattn bench generate --model smollm2
   polyattn bench generate --device cpu --json
   polyattn bench kernels --shape 'llama3-8b/decode' --device gpu
-  polyattn bench kernels --assert-selection")]
+  polyattn bench kernels --assert-selection
+  polyattn bench acceptance --dataset prompts.jsonl --plot acceptance.svg")]
 pub(crate) struct Args {
     #[command(subcommand)]
     what: What,
@@ -22,6 +24,8 @@ pub(crate) struct Args {
 enum What {
     /// Prefill and decode tokens/s of a model, plain and with each proposer.
     Generate(generate::Args),
+    /// What of drafts is accepted, by position and proposer, over a data set of prompts.
+    Acceptance(Box<acceptance::Args>),
     /// Attention of real models' shapes, by every backend that serves them.
     Kernels(kernels::Args),
 }
@@ -29,6 +33,7 @@ enum What {
 pub(crate) fn run(args: Args, context: &Context) -> Ended {
     match args.what {
         What::Generate(args) => generate::run(&args, context),
+        What::Acceptance(args) => acceptance::run(&args, context),
         What::Kernels(args) => kernels::run(&args, context),
     }
 }
