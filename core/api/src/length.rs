@@ -357,7 +357,7 @@ mod tests {
         // Nothing is accepted: none at all.
         assert!(mean(&settle(0.0, |_| 1.0)) < 0.2);
         // A row costs as much as a pass: none either, however good the draft.
-        assert!(mean(&settle(0.8, |rows| f64::from(rows))) < 0.5);
+        assert!(mean(&settle(0.8, f64::from)) < 0.5);
         // In between, fewer than there are.
         let some = mean(&settle(0.6, |rows| 1.0 + 0.15 * f64::from(rows)));
         assert!((0.5..5.0).contains(&some), "{some}");

@@ -809,8 +809,6 @@ impl Engine {
                 at.is_some_and(|at| self.reserve(*id, self.running[at].tokens.len()))
             })
             .collect();
-        // A later one may have taken the pages of an earlier one's neighbour.
-        let decoding: Vec<u64> = decoding.into_iter().filter(|id| self.place(*id).is_some()).collect();
         concerned.extend(&decoding);
         if decoding.is_empty() {
             return Ok(());
@@ -885,11 +883,9 @@ impl Engine {
         let Some(at) = self.place(id) else { return 0 };
         let one = &self.running[at];
         let Some(drafting) = self.drafting.as_mut().filter(|_| one.drafts) else { return 0 };
-        let mut most = drafting.drafter.max_tokens().min(one.room(context));
-        if drafting.tree.is_none() {
-            most = most.min(share.saturating_sub(1));
-        }
-        if most == 0 || share < 2 {
+        // A tree has no more levels than nodes.
+        let most = drafting.drafter.max_tokens().min(one.room(context)).min(share.saturating_sub(1));
+        if most == 0 {
             return 0;
         }
         drafting.policy.width(&LengthWish::new(id, batch as u32, drafting.width, most)).min(most)

@@ -2,8 +2,8 @@ use std::sync::Arc;
 
 use polyattn_api::{
     AttentionKernel, BackendError, BatchLayout, Buffer, Candidate, Commands, CommittedRows, DType, Device, Draft,
-    Drafter, LoadContext, Marginals, Outcome, Plan, PrefixReuse, Proposal, ProposeContext, ProposerError, Purpose,
-    Sampling, StoreKv, TapSpec, TreeWish,
+    Drafter, LoadContext, Marginals, Outcome, Plan, PrefixReuse, Proposal, ProposeContext, ProposerError, Sampling,
+    StoreKv, TapSpec, TreeWish,
 };
 use polyattn_nn::{
     NnError, WeightLoader,

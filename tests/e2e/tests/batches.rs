@@ -524,7 +524,9 @@ impl Drafter for FailingDrafter {
         if self.calls == 3 {
             return Err(ProposerError::Unsupported("no ideas left".into()));
         }
-        Ok(Proposal::Host(context.sequences.iter().map(|one| one.tokens[one.tokens.len() - 1..].to_vec().into()).collect()))
+        Ok(Proposal::Host(
+            context.sequences.iter().map(|one| one.tokens[one.tokens.len() - 1..].to_vec().into()).collect(),
+        ))
     }
 
     fn commit(&mut self, _: &mut Outcome<'_>) -> Result<(), ProposerError> {
@@ -568,7 +570,8 @@ fn a_lost_drafter_is_counted() {
     let registry = all.with_proposer(failing).unwrap();
     let counts = Counts::default();
     metrics::with_local_recorder(&counts, || {
-        let mut engine = Engine::load(&source, &device, &registry, &options("failing", None, None), &mut |_| {}).unwrap();
+        let mut engine =
+            Engine::load(&source, &device, &registry, &options("failing", None, None), &mut |_| {}).unwrap();
         let got = run_all(&mut engine, prompts().iter().map(|prompt| request(prompt, 20)).collect());
         for (got, (want, margins)) in got.iter().zip(&want) {
             assert_same_up_to_ties(&got.tokens, want, margins, "without a drafter in the end");

@@ -5,11 +5,9 @@
 
 #![allow(clippy::unwrap_used, reason = "a failing test may panic")]
 
-use polyattn_api::{BackendName, Registry, StrategyConfig};
+use polyattn_api::{BackendName, Phase, Registry, StrategyConfig};
 use polyattn_device::Device;
-use polyattn_e2e::{
-    Drafted, TINY_DRAFTERS, assert_same_up_to_ties, devices, engine, greedy, margins, tests_folder,
-};
+use polyattn_e2e::{Drafted, TINY_DRAFTERS, assert_same_up_to_ties, devices, engine, greedy, margins, tests_folder};
 use polyattn_engine::{Engine, EngineOptions, Happened, Request, SpeculativeOptions};
 use polyattn_nn::load::ModelSource;
 
@@ -93,7 +91,9 @@ impl Report {
         let mut options =
             EngineOptions::default().with_context(64).with_sequences(4).with_speculative(Some(speculative));
         if matches!(asked, Asked::Target) {
-            options.attention.backend = name.into();
+            // Who serves prompts is another matter: split-KV attention does not.
+            let phases = [Phase::Decode, Phase::Verify];
+            options.attention.backend_per_phase = phases.map(|phase| (phase, name.clone().into())).into();
         }
         let shape = if tree { "tree" } else { "chain" };
         let what = format!("{proposer}, {role} on {backend}, {shape}, {}", device.facts().name);

@@ -2,14 +2,14 @@
 //! seeds that are fixed. The bound is the 0.1 % quantile. Rules with a planted bias must exceed it.
 
 use polyattn_api::{
-    AcceptanceRule, Accepted, Block, Candidate, Distribution, Draft, DraftSequence, Match, Purpose, Rejection, Sampling, TargetRows,
-    TopK, TreeBuilder, Verification,
+    AcceptanceRule, Accepted, Block, Candidate, Distribution, Draft, DraftSequence, Match, Purpose, Rejection,
+    Sampling, TargetRows, TopK, TreeBuilder, Verification,
 };
 
 const VOCAB: usize = 4;
 /// Tokens of a text.
 const LENGTH: usize = 3;
-const TEXTS: u64 = 24_000;
+const TEXTS: u64 = 16_000;
 
 /// A model whose next token depends on the last one and on the position: weights that are no powers of each other.
 fn weights(model: u32, last: u32, position: usize) -> [f64; VOCAB] {

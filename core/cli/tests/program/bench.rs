@@ -1,4 +1,4 @@
-//! `bench kernels`.
+//! `bench kernels` and `bench acceptance`.
 
 use serde_json::Value;
 
@@ -127,5 +127,34 @@ fn bad_input_is_refused() {
         };
         let error = run(&args).error();
         assert!(error.starts_with(wanted), "{error}");
+    }
+}
+
+#[test]
+fn acceptance_is_measured_over_a_data_set() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (dataset, plot) = (folder.path().join("prompts.jsonl"), folder.path().join("acceptance.svg"));
+    let lines = "{\"prompt\": \"hello hello hello hello\"}\n{\"messages\": [{\"role\": \"user\", \"content\": \"a b a b a b\"}]}\n";
+    std::fs::write(&dataset, lines).expect("written");
+    let model = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/tiny/qwen2");
+    let of = |path: &std::path::Path| path.display().to_string();
+    let (dataset, plot, model) = (of(&dataset), of(&plot), of(&model));
+    let base = ["bench", "acceptance", "--json", "--device", "cpu", "--model", &model, "--raw", "-n", "30"];
+    let more = ["--dataset", &dataset, "--plot", &plot, "--proposer", "ngram"];
+    let measured = run(&[&base[..], &more].concat());
+    assert_eq!(measured.code, 0, "{measured:?}");
+    let answer = measured.json();
+    assert_eq!(answer["prompts"], 2);
+    let row = &answer["rows"][0];
+    let number = |name: &str| row[name].as_f64().unwrap_or_else(|| panic!("{name}: {row}"));
+    assert_eq!((&row["proposer"], &row["tree"], &row["lossless"]), (&"ngram".into(), &"chain".into(), &true.into()));
+    assert_eq!(number("drafted"), number("accepted") + number("wasted"));
+    assert!((number("mean_acceptance_length") - 1.0 - number("accepted") / number("steps")).abs() < 1e-9);
+    let svg = std::fs::read_to_string(&plot).expect("drawn");
+    assert!(svg.starts_with("<svg ") && svg.matches("<polyline").count() == 1, "{svg}");
+    for (dataset, wanted) in [("nowhere.jsonl", "cannot read it"), (&plot, "line 1: ")] {
+        let refused = run(&[&base[..], &["--dataset", dataset]].concat());
+        assert_eq!(refused.code, 2, "{refused:?}");
+        assert!(refused.json()["error"].as_str().expect("a text").contains(wanted), "{refused:?}");
     }
 }

@@ -333,3 +333,62 @@ fn an_argument_that_is_no_text_is_named() {
     command.arg(std::ffi::OsStr::from_bytes(b"caf\xe9"));
     assert_eq!(finish(command, None).error(), "the argument 'caf\u{fffd}' is not UTF-8");
 }
+
+/// How drafts are used is told, and what changes the answer says so.
+#[test]
+fn strategies_are_named_and_told() {
+    let plain = answer(&family("qwen2"), &["-n", "24"]);
+    assert_eq!((&plain["strategies"], &plain["lossless"]), (&Value::Null, &json!(true)));
+    let tree = answer(
+        &family("qwen2"),
+        &[
+            "-n",
+            "24",
+            "--proposer",
+            "ngram",
+            "--speculative-config.tree",
+            "TOP-K",
+            "--speculative-config.tree_nodes",
+            "6",
+            "--speculative-config.length",
+            r#"{"name":"fixed","parameters":{"tokens":3}}"#,
+        ],
+    );
+    assert_eq!(tree["tokens"], plain["tokens"], "drafts in trees change no token");
+    assert_eq!(tree["strategies"], json!({"tree": "top-k", "acceptance": "match", "length": "fixed"}));
+    assert_eq!((&tree["lossless"], &tree["drafter_lost"]), (&json!(true), &json!(false)));
+    let acceptance = &tree["acceptance"];
+    let number = |name: &str| acceptance[name].as_u64().unwrap_or_else(|| panic!("{name}: {acceptance}"));
+    assert_eq!(number("drafted"), number("accepted") + number("wasted"));
+    assert!(acceptance["per_position"].as_array().expect("a list").len() <= 3);
+    let histogram: u64 =
+        acceptance["histogram"].as_array().expect("a list").iter().map(|count| count.as_u64().expect("a count")).sum();
+    assert_eq!(histogram, number("drafted_steps"));
+
+    let rule = r#"{"acceptance":{"name":"synthetic","parameters":{"length":2}}}"#;
+    let synthetic = generate(&family("qwen2"), &["--proposer", "ngram", "--speculative-config", rule]);
+    assert_eq!(synthetic.json()["lossless"], false);
+    assert!(synthetic.stderr.contains("lossy"), "{}", synthetic.stderr);
+
+    for (option, value, wanted) in [
+        ("tree", "oak", "speculative.tree: unknown tree builder 'oak'; registered are: best-first, chain, static, top-k"),
+        ("acceptance", "never", "speculative.acceptance: unknown acceptance rule 'never'"),
+        ("length", "long", "speculative.length: unknown length policy 'long'; registered are: adaptive, fixed,"),
+        ("length", r#"{"name":"fixed","parameters":{"token":3}}"#, "unknown field `token`"),
+        ("tree_nodes", "5000", "speculative.tree_nodes: 5000 is out of range"),
+    ] {
+        let option = format!("--speculative-config.{option}");
+        let mut args = vec!["--proposer", "ngram", &option, value];
+        if option.ends_with("tree_nodes") {
+            args.extend(["--speculative-config.tree", "top-k"]);
+        }
+        let run = generate(&family("qwen2"), &args);
+        assert_eq!(run.code, 2, "{args:?}: {run:?}");
+        assert!(run.json()["error"].as_str().expect("a text").contains(wanted), "{args:?}: {run:?}");
+    }
+    let greedy = ["--proposer", "ngram", "--speculative-config.acceptance", "greedy", "--temperature", "1"];
+    assert_eq!(generate(&family("qwen2"), &greedy).code, 2, "greedy acceptance is for temperature 0");
+    let penalty = answer(&family("qwen2"), &["--repetition-penalty", "1.5", "-n", "24"]);
+    assert_ne!(penalty["tokens"], plain["tokens"]);
+    assert_eq!(generate(&family("qwen2"), &["--repetition-penalty", "0"]).code, 2);
+}

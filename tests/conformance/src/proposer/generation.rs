@@ -2,7 +2,7 @@
 
 use std::ops::ControlFlow;
 
-use polyattn_engine::{Engine, Generation, Request, Sampling, StopReason};
+use polyattn_engine::{Engine, Generation, Happened, Request, Sampling, StopReason};
 
 use super::{
     failed,
@@ -226,4 +226,66 @@ pub(super) fn the_backends_that_ran_are_told(bench: &Bench) -> Result<(), Failur
         )));
     }
     Ok(())
+}
+
+/// Several requests at once, in chains and in trees, greedy and drawn: whatever is drafted for a batch, each has the tokens
+/// that it has alone, and nobody loses the drafter on the way.
+pub(super) fn batches_change_no_token(bench: &Bench) -> Result<(), Failure> {
+    let ground = bench.ground()?;
+    let mut plain = ground.engine(false, CONTEXT)?;
+    let trees = bench.proposer.proposer.requirements().drafts_trees;
+    for tree in [false, true].into_iter().filter(|tree| trees || !tree) {
+        let Some(mut drafting) = ground.batch_engine(tree, "match")? else { return Ok(()) };
+        for sampling in [Sampling::default(), Sampling { temperature: 0.8, seed: 3, ..Sampling::default() }] {
+            let requests = ground.prompts.iter().map(|prompt| Request { sampling, ..greedy(prompt, TOKENS) });
+            let requests: Vec<_> = requests.collect();
+            let shape = if tree { "trees" } else { "chains" };
+            let got = run_together(&mut drafting, &requests)?;
+            for ((number, request), got) in requests.iter().enumerate().zip(got) {
+                let what = format!("prompt {number} beside others, in {shape}, temperature {}", sampling.temperature);
+                if got.drafter_lost {
+                    return Err(Failure::new(format!("{what}: the drafter failed on the way")));
+                }
+                let want = run(&mut plain, request, "plain decoding")?;
+                if sampling.is_greedy() {
+                    same_up_to_ties(&mut plain, &request.prompt, &got.tokens, &want.tokens, &what)?;
+                } else if got.tokens != want.tokens {
+                    return Err(Failure::new(format!("{what}: {:?} instead of {:?}", got.tokens, want.tokens)));
+                }
+            }
+        }
+    }
+    // Drawn drafts are other tokens of the same distribution: that nothing fails is what can be seen here.
+    for rule in ["rejection", "block"] {
+        let Some(mut drafting) = ground.batch_engine(false, rule)? else { return Ok(()) };
+        let sampling = Sampling { temperature: 0.9, seed: 5, ..Sampling::default() };
+        let requests: Vec<_> =
+            ground.prompts.iter().map(|prompt| Request { sampling, ..greedy(prompt, TOKENS) }).collect();
+        for got in run_together(&mut drafting, &requests)? {
+            if got.drafter_lost || got.tokens.len() != TOKENS {
+                let count = got.tokens.len();
+                return Err(Failure::new(format!(
+                    "drawn drafts under '{rule}': the drafter failed after {count} tokens"
+                )));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn run_together(engine: &mut Engine, requests: &[Request]) -> Result<Vec<Generation>, Failure> {
+    let ids = requests.iter().map(|request| engine.add_request(request.clone()).map_err(failed));
+    let ids: Vec<_> = ids.collect::<Result<_, _>>()?;
+    let mut done: Vec<Option<Generation>> = requests.iter().map(|_| None).collect();
+    while !engine.is_idle() {
+        for event in engine.step() {
+            let Some(place) = ids.iter().position(|id| *id == event.request) else { continue };
+            match event.what {
+                Happened::Finished(generation) => done[place] = Some(*generation),
+                Happened::Failed(error) => return Err(failed(error)),
+                _ => {}
+            }
+        }
+    }
+    done.into_iter().map(|one| one.ok_or_else(|| Failure::new("a request never ended"))).collect()
 }

@@ -25,7 +25,7 @@ type Check = fn(&Bench) -> Result<(), Failure>;
 const OF_TAPS: &str = "drafts/hidden-states-matter";
 
 /// Every trial: its name, and what it does.
-const CHECKS: [(&str, Check); 21] = [
+const CHECKS: [(&str, Check); 22] = [
     ("declares/requirements-are-honest", declared::requirements_are_honest),
     ("declares/non-causal-is-asked-for", declared::non_causal_is_asked_for),
     ("declares/targets-backend-is-not-inherited", declared::the_targets_backend_is_not_inherited),
@@ -43,6 +43,7 @@ const CHECKS: [(&str, Check); 21] = [
     ("drafts/nonsense-is-an-error", drafts::nonsense_is_an_error),
     ("generates/greedy-tokens-of-the-target", generation::greedy_tokens_are_the_targets),
     ("generates/sampled-tokens-of-the-target", generation::sampled_tokens_are_the_targets),
+    ("generates/batches-change-no-token", generation::batches_change_no_token),
     ("generates/ends-where-it-must", generation::a_text_ends_where_it_must),
     ("generates/requests-leave-no-trace", generation::requests_leave_no_trace),
     ("generates/enough-is-accepted", generation::enough_is_accepted),

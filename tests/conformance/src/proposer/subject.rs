@@ -7,10 +7,10 @@ use std::{
 };
 
 use polyattn_api::{
-    Device, EngineConfig, LayerConfig, ModelConfig, RegisteredProposer, Registry, SpeculativeConfig, TargetFacts,
-    WindowConfig,
+    Device, EngineConfig, LayerConfig, ModelConfig, ProposerError, RegisteredProposer, Registry, SpeculativeConfig,
+    StrategyConfig, TargetFacts, WindowConfig,
 };
-use polyattn_engine::{Engine, EngineOptions, SpeculativeOptions};
+use polyattn_engine::{Engine, EngineError, EngineOptions, SpeculativeOptions};
 use polyattn_nn::{
     decoder::Decoder,
     load::{Architecture, LayerWeight, ModelSource, WeightName, tiny::TinyModel},
@@ -294,6 +294,25 @@ impl Ground {
         };
         config.speculative = Some(SpeculativeConfig { method: self.name().into(), draft, ..Default::default() });
         Ok(config)
+    }
+
+    /// An engine for several requests at once, in trees or not, under this acceptance rule; `None` where the proposer
+    /// says that it drafts for one.
+    pub(super) fn batch_engine(&self, tree: bool, rule: &str) -> Result<Option<Engine>, Failure> {
+        let speculative = SpeculativeOptions {
+            method: self.name().into(),
+            model: self.checkpoint.clone(),
+            tree: tree.then(|| StrategyConfig::new("top-k")),
+            acceptance: Some(StrategyConfig::new(rule)),
+            ..SpeculativeOptions::default()
+        };
+        let options =
+            EngineOptions::default().with_context(CONTEXT).with_sequences(3).with_speculative(Some(speculative));
+        match Engine::load(&self.source, &self.device, &self.registry, &options, &mut |_| {}) {
+            Ok(engine) => Ok(Some(engine)),
+            Err(EngineError::Proposer(ProposerError::Unsupported(_))) => Ok(None),
+            Err(error) => Err(Failure::new(format!("no engine for {}: {error}", self.name()))),
+        }
     }
 
     /// An engine for this target, with or without the proposer.

@@ -123,7 +123,8 @@ fn read(path: &Path, most: Option<u32>) -> Result<Vec<String>, Failure> {
     for (number, line) in lines.take(most.map_or(usize::MAX, |most| most as usize)) {
         let at = |message: String| fault(format!("line {}: {message}", number + 1));
         let line: Line = serde_json::from_str(line).map_err(|error| at(error.to_string()))?;
-        let said = line.messages.iter().filter(|message| message.role == "user").map(|message| message.content.as_str());
+        let said =
+            line.messages.iter().filter(|message| message.role == "user").map(|message| message.content.as_str());
         let said = said.collect::<Vec<_>>().join("\n");
         match line.prompt.or(Some(said)).filter(|prompt| !prompt.is_empty()) {
             Some(prompt) => prompts.push(prompt),
@@ -211,8 +212,11 @@ pub(super) fn run(args: &Args, context: &Context) -> Ended {
         let share = |part: f64, whole: u64| if whole == 0 { 0.0 } else { part / whole as f64 };
         row.mean_acceptance_length = 1.0 + share(row.accepted as f64, row.steps);
         row.acceptance_rate = share(row.accepted as f64, row.drafted);
-        row.per_position =
-            accepted_per_position.iter().zip(&row.drafted_per_position).map(|(hits, tries)| share(*hits, *tries)).collect();
+        row.per_position = accepted_per_position
+            .iter()
+            .zip(&row.drafted_per_position)
+            .map(|(hits, tries)| share(*hits, *tries))
+            .collect();
         answer.rows.push(row);
     }
     if let Some(path) = &args.plot {
@@ -245,7 +249,8 @@ fn choices(args: &SpeculativeArgs, model: &Model) -> Result<Vec<SpeculativeChoic
 }
 
 fn table(answer: &Answer) -> String {
-    let mut table = output::table(&["proposer", "tree", "tokens a step", "acceptance length", "rate", "wasted", "by position"]);
+    let mut table =
+        output::table(&["proposer", "tree", "tokens a step", "acceptance length", "rate", "wasted", "by position"]);
     for row in &answer.rows {
         let positions: Vec<_> = row.per_position.iter().map(|share| format!("{share:.2}")).collect();
         table.add_row([
@@ -353,7 +358,9 @@ mod tests {
         std::fs::write(&file, text).expect("written");
         assert_eq!(read(&file, None).expect("good"), ["one", "two"]);
         assert_eq!(read(&file, Some(1)).expect("good"), ["one"]);
-        for (text, wanted) in [("{\"text\": 1}", "line 1: neither a prompt"), ("[", "line 1: EOF"), ("\n", "no prompts")] {
+        for (text, wanted) in
+            [("{\"text\": 1}", "line 1: neither a prompt"), ("[", "line 1: EOF"), ("\n", "no prompts")]
+        {
             std::fs::write(&file, text).expect("written");
             let error = read(&file, None).expect_err("bad").0;
             assert!(error.contains("prompts.jsonl") && error.contains(wanted), "{error}");
