@@ -282,12 +282,10 @@ fn answers_are_combined() {
         for expert in [None, Some(3), Some(40)] {
             let held = if expert.is_some() { rows } else { rows * per_token };
             let mut answers = random.vec(held * cols);
-            if expert.is_some() {
+            if let Some(expert) = expert {
                 // Rows that did not choose the expert may hold anything.
-                for row in 0..rows {
-                    if !ids[row * per_token..][..per_token].contains(&expert.unwrap()) {
-                        answers[row * cols..][..cols].fill(f32::NAN);
-                    }
+                for row in (0..rows).filter(|row| !ids[row * per_token..][..per_token].contains(&expert)) {
+                    answers[row * cols..][..cols].fill(f32::NAN);
                 }
             }
             let (answer_buffer, weight_buffer) = (floats(&device, &answers), floats(&device, &weights));
@@ -361,12 +359,12 @@ fn norms_and_rotations_of_a_part() {
                     let want = f64::from(x[i]) / (mean + 1e-5).sqrt() * f64::from(weight[i]);
                     close(&name, found[i], want, 1.0);
                 }
-                for pair in 0..rope / 2 {
+                for (pair, frequency) in inv_freq.iter().enumerate() {
                     let (a, b) = match pairing {
                         RopePairing::Interleaved => (latent + 2 * pair, latent + 2 * pair + 1),
                         _ => (latent + pair, latent + pair + rope / 2),
                     };
-                    let (sin, cos) = (f64::from(at[row]) * inv_freq[pair]).sin_cos();
+                    let (sin, cos) = (f64::from(at[row]) * frequency).sin_cos();
                     let (first, second) = (f64::from(x[a]), f64::from(x[b]));
                     close(&name, found[a], first * cos - second * sin, 2.0);
                     close(&name, found[b], second * cos + first * sin, 2.0);
