@@ -146,6 +146,41 @@ fn products_by_head() {
     }
 }
 
+/// Matrices that together exceed one binding of 128 MiB, where a device has no larger ones: each is bound for itself, and
+/// begins between two offsets that may be bound.
+#[test]
+fn matrices_beyond_one_binding() {
+    for device in devices() {
+        let (cols, outputs, matrices) = (1000usize, 24_001usize, 3usize);
+        let data: Vec<f16> = (0..matrices * outputs * cols).map(|i| f16::from_f32((i % 251) as f32 / 251.0)).collect();
+        let buffer = device.upload(&data, "matrices").unwrap();
+        let weight = Matrix { buffer, rows: (matrices * outputs) as u32, cols: cols as u32, dtype: DType::F16 };
+        let x = Random(15).vec(cols);
+        let (x_buffer, out) = (floats(&device, &x), poison(&device, outputs));
+        for first in 0..matrices {
+            let call = HeadsCall {
+                x: x_buffer.whole(),
+                rows: 1,
+                weight: &weight,
+                matrices: matrices as u32,
+                first: first as u32,
+                heads: 1,
+                x_stride: cols as u32,
+                gated: false,
+                out: out.whole(),
+                out_stride: outputs as u32,
+            };
+            run(&device, |commands| ops::linear_by_head(commands, &call));
+            let found = read(&device, &out);
+            for output in [0, 1, 12_345, outputs - 1] {
+                let row = &data[(first * outputs + output) * cols..][..cols];
+                let want = row.iter().zip(&x).map(|(weight, x)| weight.to_f64() * f64::from(*x)).sum();
+                close(&format!("matrix {first}, {}", device.facts().name), found[output], want, cols as f64);
+            }
+        }
+    }
+}
+
 /// Rows, experts, experts of a row, columns, outputs, dtype; ids are random, so that some experts serve nobody.
 #[test]
 fn products_by_expert() {
