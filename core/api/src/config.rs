@@ -130,8 +130,8 @@ fn optional_name<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Ba
     Ok(Option::<String>::deserialize(deserializer)?.as_deref().and_then(BackendName::parse))
 }
 
-/// A mixture-of-experts backend's name: kept as it was written, because nothing here knows the names there are; `auto`
-/// in any case is unset.
+/// A mixture-of-experts backend's name: kept as it was written, because it is looked up only where a model has experts;
+/// `auto` in any case is unset.
 fn optional_moe_name<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
     Ok(Option::<String>::deserialize(deserializer)?.filter(|name| BackendName::parse(name).is_some()))
 }

@@ -146,6 +146,41 @@ fn products_by_head() {
     }
 }
 
+/// Matrices that together exceed one binding of 128 MiB, where a device has no larger ones: each is bound for itself, and
+/// begins between two offsets that may be bound.
+#[test]
+fn matrices_beyond_one_binding() {
+    for device in devices() {
+        let (cols, outputs, matrices) = (1000usize, 24_001usize, 3usize);
+        let data: Vec<f16> = (0..matrices * outputs * cols).map(|i| f16::from_f32((i % 251) as f32 / 251.0)).collect();
+        let buffer = device.upload(&data, "matrices").unwrap();
+        let weight = Matrix { buffer, rows: (matrices * outputs) as u32, cols: cols as u32, dtype: DType::F16 };
+        let x = Random(15).vec(cols);
+        let (x_buffer, out) = (floats(&device, &x), poison(&device, outputs));
+        for first in 0..matrices {
+            let call = HeadsCall {
+                x: x_buffer.whole(),
+                rows: 1,
+                weight: &weight,
+                matrices: matrices as u32,
+                first: first as u32,
+                heads: 1,
+                x_stride: cols as u32,
+                gated: false,
+                out: out.whole(),
+                out_stride: outputs as u32,
+            };
+            run(&device, |commands| ops::linear_by_head(commands, &call));
+            let found = read(&device, &out);
+            for output in [0, 1, 12_345, outputs - 1] {
+                let row = &data[(first * outputs + output) * cols..][..cols];
+                let want = row.iter().zip(&x).map(|(weight, x)| weight.to_f64() * f64::from(*x)).sum();
+                close(&format!("matrix {first}, {}", device.facts().name), found[output], want, cols as f64);
+            }
+        }
+    }
+}
+
 /// Rows, experts, experts of a row, columns, outputs, dtype; ids are random, so that some experts serve nobody.
 #[test]
 fn products_by_expert() {
@@ -282,12 +317,10 @@ fn answers_are_combined() {
         for expert in [None, Some(3), Some(40)] {
             let held = if expert.is_some() { rows } else { rows * per_token };
             let mut answers = random.vec(held * cols);
-            if expert.is_some() {
+            if let Some(expert) = expert {
                 // Rows that did not choose the expert may hold anything.
-                for row in 0..rows {
-                    if !ids[row * per_token..][..per_token].contains(&expert.unwrap()) {
-                        answers[row * cols..][..cols].fill(f32::NAN);
-                    }
+                for row in (0..rows).filter(|row| !ids[row * per_token..][..per_token].contains(&expert)) {
+                    answers[row * cols..][..cols].fill(f32::NAN);
                 }
             }
             let (answer_buffer, weight_buffer) = (floats(&device, &answers), floats(&device, &weights));
@@ -361,12 +394,12 @@ fn norms_and_rotations_of_a_part() {
                     let want = f64::from(x[i]) / (mean + 1e-5).sqrt() * f64::from(weight[i]);
                     close(&name, found[i], want, 1.0);
                 }
-                for pair in 0..rope / 2 {
+                for (pair, frequency) in inv_freq.iter().enumerate() {
                     let (a, b) = match pairing {
                         RopePairing::Interleaved => (latent + 2 * pair, latent + 2 * pair + 1),
                         _ => (latent + pair, latent + pair + rope / 2),
                     };
-                    let (sin, cos) = (f64::from(at[row]) * inv_freq[pair]).sin_cos();
+                    let (sin, cos) = (f64::from(at[row]) * frequency).sin_cos();
                     let (first, second) = (f64::from(x[a]), f64::from(x[b]));
                     close(&name, found[a], first * cos - second * sin, 2.0);
                     close(&name, found[b], second * cos + first * sin, 2.0);

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use crate::{
-    api::{Capabilities, Decline, RegisteredBackend, Registry},
+    api::{Capabilities, Decline, RegisteredBackend, RegisteredMoeBackend, Registry},
     device::{Device, DeviceFacts},
 };
 use serde::Serialize;
@@ -80,11 +80,11 @@ pub(crate) fn run(args: &Args, context: &Context) -> Ended {
             devices: devices.iter().map(|facts| OnDevice::of(entry, facts)).collect(),
         })
         .collect();
-    context.answer(&rows, || text(&rows))?;
+    context.answer(&rows, || text(&rows, &registry.moe_backends()))?;
     Ok(Verdict::Holds)
 }
 
-fn text(rows: &[Row<'_>]) -> String {
+fn text(rows: &[Row<'_>], moe: &[RegisteredMoeBackend]) -> String {
     let mut table = output::table(&["backend", "crate", "priority", "device", "usable"]);
     for row in rows {
         for (place, on) in row.devices.iter().enumerate() {
@@ -99,7 +99,12 @@ fn text(rows: &[Row<'_>]) -> String {
             ]);
         }
     }
-    format!("{table}\nWhat each of them serves: polyattn backends --markdown (or --json)")
+    let moe: Vec<_> = moe.iter().map(|one| format!("{} ({})", one.name(), one.origin)).collect();
+    let moe = if moe.is_empty() { "none".to_owned() } else { moe.join(", ") };
+    format!(
+        "{table}\nWhat each of them serves: polyattn backends --markdown (or --json)\n\
+         For mixtures of experts, best first: {moe}"
+    )
 }
 
 /// Titles of the capabilities in the order of the table. One that is not listed here follows under its field's name, so

@@ -350,7 +350,8 @@ impl<T: PartialEq + fmt::Display> Once<T> {
     }
 }
 
-/// A mixture-of-experts backend, whose names nobody here knows: kept as written, compared without regard to case.
+/// A mixture-of-experts backend, looked up only where a model has experts: kept as written, compared without regard to
+/// case.
 #[derive(Debug)]
 struct MoeName(String);
 

@@ -287,19 +287,17 @@ fn few(device: &Device, product: Product, rows: u32, outputs: u32, cols: u32) ->
     few
 }
 
-/// The part of a matrix that holds rows of a range, as little of it as can be bound where it cannot be bound whole, and
-/// the element of that part where the range begins.
+/// A matrix, or as little of it as holds rows of a range where it cannot be bound whole, and the element of that part
+/// where the range begins.
 fn rows_of<'a>(device: &Device, matrix: &'a Matrix, rows: Range<u64>) -> Result<(BufferSlice<'a>, u32), OpError> {
     let limits = &device.facts().limits;
     let row = u64::from(matrix.cols) * matrix.dtype.bytes();
     let all = u64::from(matrix.rows) * row;
-    let start = match all <= limits.binding_bytes {
-        true => 0,
-        false => {
-            rows.start * row / u64::from(limits.offset_alignment.max(1)) * u64::from(limits.offset_alignment.max(1))
-        }
+    let alignment = u64::from(limits.offset_alignment.max(1));
+    let (start, end) = match all <= limits.binding_bytes {
+        true => (0, all),
+        false => (rows.start * row / alignment * alignment, rows.end * row),
     };
-    let end = if start == 0 && all <= limits.binding_bytes { all } else { rows.end * row };
     if end - start > limits.binding_bytes {
         return Err(DeviceError::Limit {
             what: matrix.buffer.label().to_owned(),
