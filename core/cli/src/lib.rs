@@ -32,7 +32,7 @@
 //! # Features
 //! | feature | what it adds |
 //! |---|---|
-//! | `cpu`, `plain`, `flash`, `splitkv` | the attention backend of this name |
+//! | `cpu`, `plain`, `flash`, `splitkv`, `mla` | the attention backend of this name |
 //! | `ngram`, `dflash` | the proposer of this name |
 //! | `program` | the `polyattn` program, also as a function of a library ([`program`]), and [`models`] |
 //!
@@ -65,6 +65,8 @@ pub use polyattn_dflash as dflash;
 pub use polyattn_engine as engine;
 #[cfg(feature = "flash")]
 pub use polyattn_flash as flash;
+#[cfg(feature = "mla")]
+pub use polyattn_mla as mla;
 #[cfg(feature = "ngram")]
 pub use polyattn_ngram as ngram;
 pub use polyattn_nn as nn;
