@@ -2,6 +2,8 @@ use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};
 
+use crate::DType;
+
 /// The two kinds of device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -34,6 +36,18 @@ pub struct DeviceLimits {
     pub offset_alignment: u32,
 }
 
+/// Square matrices that a subgroup multiplies as one (cooperative matrices): `side` rows and columns each, of `input`
+/// elements, added up in `sum`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct CooperativeTile {
+    /// Rows and columns; WGSL can spell 8 and 16.
+    pub side: u32,
+    /// Elements of the two factors.
+    pub input: DType,
+    /// Elements of the sum.
+    pub sum: DType,
+}
+
 /// What is known of a device: the facts that backends and the selector decide by. Plain data, so that a test can
 /// describe any device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -55,6 +69,9 @@ pub struct DeviceFacts {
     pub subgroup_min: u32,
     /// Widest subgroup the driver may run, 0 without subgroups.
     pub subgroup_max: u32,
+    /// Shapes of cooperative matrices; none without the feature `wgpu-cooperative-matrix`.
+    #[serde(default)]
+    pub cooperative_tiles: Vec<CooperativeTile>,
     /// Its limits.
     pub limits: DeviceLimits,
 }
@@ -72,6 +89,7 @@ impl DeviceFacts {
             features: BTreeSet::new(),
             subgroup_min: 0,
             subgroup_max: 0,
+            cooperative_tiles: Vec::new(),
             limits: DeviceLimits {
                 binding_bytes: u64::MAX,
                 buffer_bytes: u64::MAX,
@@ -98,6 +116,7 @@ impl DeviceFacts {
             features: BTreeSet::from(["immediates".to_owned()]),
             subgroup_min: 0,
             subgroup_max: 0,
+            cooperative_tiles: Vec::new(),
             limits: DeviceLimits {
                 binding_bytes: 128 << 20,
                 buffer_bytes: 256 << 20,
@@ -126,10 +145,23 @@ impl DeviceFacts {
         self.with_feature("subgroups")
     }
 
+    /// The same device with cooperative matrices of one more shape.
+    #[must_use]
+    pub fn with_cooperative_tile(mut self, side: u32, input: DType, sum: DType) -> Self {
+        self.cooperative_tiles.push(CooperativeTile { side, input, sum });
+        self.with_feature("wgpu-cooperative-matrix")
+    }
+
     /// Whether it has a feature, by its kebab-case name.
     #[must_use]
     pub fn has(&self, feature: &str) -> bool {
         self.features.contains(feature)
+    }
+
+    /// Whether it multiplies cooperative matrices of this shape.
+    #[must_use]
+    pub fn has_cooperative_tile(&self, side: u32, input: DType, sum: DType) -> bool {
+        self.cooperative_tiles.contains(&CooperativeTile { side, input, sum })
     }
 
     /// Whether it is the CPU.

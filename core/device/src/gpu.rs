@@ -1,6 +1,9 @@
 //! The wgpu side of a device: adapters, and the caches that live as long as the device does.
 
-#![expect(unsafe_code, reason = "kernels are compiled without run-time checks, see `Gpu::pipeline`")]
+#![expect(
+    unsafe_code,
+    reason = "kernels are compiled without run-time checks, see `Gpu::pipeline`; one feature of wgpu is experimental"
+)]
 
 use std::{
     collections::HashMap,
@@ -13,7 +16,8 @@ use std::{
 use parking_lot::{Mutex, RwLock};
 
 use crate::{
-    Access, Buffer, BufferSlice, DeviceError, DeviceFacts, DeviceKind, DeviceLimits, Pipeline, PipelineSpec,
+    Access, Buffer, BufferSlice, CooperativeTile, DType, DeviceError, DeviceFacts, DeviceKind, DeviceLimits, Pipeline,
+    PipelineSpec,
     pipeline::{PipelineInner, PipelineKey},
 };
 
@@ -22,7 +26,8 @@ const WANTED: wgpu::Features = wgpu::Features::SHADER_F16
     .union(wgpu::Features::SUBGROUP)
     .union(wgpu::Features::SUBGROUP_BARRIER)
     .union(wgpu::Features::IMMEDIATES)
-    .union(wgpu::Features::TIMESTAMP_QUERY);
+    .union(wgpu::Features::TIMESTAMP_QUERY)
+    .union(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX);
 
 /// Features without which no kernel of this project runs.
 const REQUIRED: wgpu::Features = wgpu::Features::IMMEDIATES;
@@ -88,6 +93,7 @@ fn facts(adapter: &wgpu::Adapter) -> DeviceFacts {
         features: features.iter().filter_map(|feature| feature.as_str().map(str::to_owned)).collect(),
         subgroup_min: if subgroups { info.subgroup_min_size } else { 0 },
         subgroup_max: if subgroups { info.subgroup_max_size } else { 0 },
+        cooperative_tiles: cooperative_tiles(adapter),
         limits: DeviceLimits {
             binding_bytes: limits.max_storage_buffer_binding_size,
             buffer_bytes: limits.max_buffer_size,
@@ -101,17 +107,52 @@ fn facts(adapter: &wgpu::Adapter) -> DeviceFacts {
     }
 }
 
+/// Those of the driver's shapes that WGSL can spell.
+fn cooperative_tiles(adapter: &wgpu::Adapter) -> Vec<CooperativeTile> {
+    let dtype = |scalar| match scalar {
+        wgpu::CooperativeScalarType::F32 => Some(DType::F32),
+        wgpu::CooperativeScalarType::F16 => Some(DType::F16),
+        _ => None,
+    };
+    let mut tiles = Vec::new();
+    if adapter.features().contains(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX) {
+        for shape in adapter.cooperative_matrix_properties() {
+            let side = shape.m_size;
+            if let (Some(input), Some(sum)) = (dtype(shape.ab_type), dtype(shape.cr_type))
+                && [8, 16].contains(&side)
+                && (shape.n_size, shape.k_size) == (side, side)
+                && !tiles.contains(&CooperativeTile { side, input, sum })
+            {
+                tiles.push(CooperativeTile { side, input, sum });
+            }
+        }
+    }
+    tiles
+}
+
 impl Gpu {
     pub(crate) fn open(adapter: &wgpu::Adapter, mut facts: DeviceFacts) -> Result<Arc<Self>, DeviceError> {
         let unusable = |reason: String| DeviceError::Unusable { device: facts.name.clone(), reason };
         if !adapter.features().contains(REQUIRED) {
             return Err(unusable("needs feature immediates".into()));
         }
-        let features = adapter.features() & WANTED;
+        let mut features = adapter.features() & WANTED;
+        if std::env::var_os("POLYATTN_NO_COOPERATIVE_MATRICES").is_some() {
+            features.remove(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX);
+            facts.cooperative_tiles.clear();
+        }
+        let experimental_features = if features.intersects(wgpu::Features::all_experimental_mask()) {
+            // SAFETY: the only experimental feature that is wanted is cooperative matrices. Kernels reach them in
+            // uniform control flow, and their results are compared with the reference's on every device that has them.
+            unsafe { wgpu::ExperimentalFeatures::enabled() }
+        } else {
+            wgpu::ExperimentalFeatures::disabled()
+        };
         let (device, queue) = pollster::block_on(adapter.request_device(&wgpu::DeviceDescriptor {
             label: Some("polyattn"),
             required_features: features,
             required_limits: adapter.limits(),
+            experimental_features,
             ..wgpu::DeviceDescriptor::default()
         }))
         .map_err(|error| unusable(error.to_string()))?;

@@ -27,6 +27,6 @@ pub use commands::{Commands, Readback, Submission};
 pub use device::Device;
 pub use dtype::DType;
 pub use error::DeviceError;
-pub use facts::{DeviceFacts, DeviceKind, DeviceLimits};
+pub use facts::{CooperativeTile, DeviceFacts, DeviceKind, DeviceLimits};
 pub use pipeline::{Access, Pipeline, PipelineSpec};
 pub use wgpu;

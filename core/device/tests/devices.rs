@@ -1,7 +1,7 @@
 //! The same calls on the CPU and, where there is an adapter, on a GPU.
 #![allow(clippy::unwrap_used, reason = "a test's help may fail the test")]
 
-use polyattn_device::{Access, Buffer, Device, DeviceChoice, DeviceError, PipelineSpec};
+use polyattn_device::{Access, Buffer, DType, Device, DeviceChoice, DeviceError, DeviceFacts, PipelineSpec};
 
 fn devices() -> Vec<Device> {
     let mut devices = vec![Device::cpu()];
@@ -97,6 +97,17 @@ fn mistakes_are_typed_errors() {
         let mixed = commands.dispatch(&pipeline, &[small.whole(), cpu.whole()], &[0; 8], [1, 1, 1]);
         assert!(matches!(mixed, Err(DeviceError::WrongDevice(_))));
     }
+}
+
+#[test]
+fn shapes_of_cooperative_matrices_come_with_their_feature() {
+    for facts in Device::list().into_iter().chain(devices().iter().map(|device| device.facts().clone())) {
+        assert!(facts.cooperative_tiles.is_empty() || facts.has("wgpu-cooperative-matrix"), "{facts:?}");
+        assert!(facts.cooperative_tiles.iter().all(|tile| [8, 16].contains(&tile.side)), "{facts:?}");
+    }
+    let facts = DeviceFacts::gpu("any").with_cooperative_tile(16, DType::F16, DType::F32);
+    assert!(facts.has("wgpu-cooperative-matrix") && facts.has_cooperative_tile(16, DType::F16, DType::F32));
+    assert!(!facts.has_cooperative_tile(8, DType::F16, DType::F32));
 }
 
 #[test]
