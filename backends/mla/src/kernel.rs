@@ -63,8 +63,16 @@ pub(crate) struct Kernel {
 impl Kernel {
     /// For a problem that was not declined.
     pub(crate) fn new(device: &Device, problem: &AttentionProblem) -> Result<Self, BackendError> {
-        let partial: Vec<_> =
-            Variant::all(problem, device.facts()).into_iter().map(|variant| (variant, OnceLock::new())).collect();
+        Self::of(device, problem, Variant::all(problem, device.facts()))
+    }
+
+    /// With these variants, fewest rows first.
+    pub(crate) fn of(
+        device: &Device,
+        problem: &AttentionProblem,
+        variants: Vec<Variant>,
+    ) -> Result<Self, BackendError> {
+        let partial: Vec<_> = variants.into_iter().map(|variant| (variant, OnceLock::new())).collect();
         let Some((variant, first)) = partial.first() else {
             return Err(BackendError::Batch("the device's limits leave no tile of rows".into()));
         };
@@ -192,10 +200,8 @@ impl AttentionKernel for Kernel {
                 end: round.first_row + round.rows,
                 states: round.states,
             };
-            let optional = [
-                io.alibi_slopes.filter(|_| problem.alibi),
-                io.k_scale.filter(|_| problem.kv_dtype == KvDType::Q8),
-            ];
+            let optional =
+                [io.alibi_slopes.filter(|_| problem.alibi), io.k_scale.filter(|_| problem.kv_dtype == KvDType::Q8)];
             let mut bound = [index, io.q, io.k_cache, states, states, states];
             let mut count = 4;
             for slice in optional.into_iter().flatten() {
@@ -220,7 +226,8 @@ impl AttentionKernel for Kernel {
                 bound[count] = slice;
                 count += 1;
             }
-            let groups = self.spread(round.rows, heads);
+            let groups =
+                self.spread(round.rows * (problem.kind.output_dim() / 4 / shader::merge_block(problem)), heads);
             commands.dispatch(&self.merge, &bound[..count], bytemuck::bytes_of(&call), groups)?;
         }
         Ok(())

@@ -10,11 +10,16 @@
 //!
 //! # Structure
 //! A sequence's keys are cut into *chunks* of a fixed number of positions, counted from position 0. A *row* is a query
-//! row and a head. A work item is one chunk and up to 16 rows of one sequence, which share what is read of the cache. It
-//! leaves a partial state for each row; a second kernel merges a row's chunks, in order of position.
+//! row and a head. A work item is one chunk and up to 16 rows of one sequence, which share what is read of the cache.
+//! It leaves a partial state for each row; a second kernel merges a row's chunks, in order of position. The first
+//! kernel comes in two forms:
 //!
-//! * In plain arithmetic: 128 threads score two keys each for all rows, the queries passing through workgroup memory in
-//!   slices along the row; scores become weights; then each thread sums eight columns of the latents for eight rows.
+//! * By cooperative matrices, for f16 queries over an f16 cache on devices that multiply 16 by 16 of them: eight
+//!   subgroups take a chunk in steps of 32 keys, whose latents lie in workgroup memory once and are keys first, values
+//!   then. Dims are those that subgroups share evenly (512 + 64 and 256 + 64 among them).
+//! * In plain arithmetic, for everything else, with or without subgroups: 128 threads score two keys each for all rows,
+//!   the queries passing through workgroup memory in slices along the row; scores become weights; then each thread sums
+//!   eight columns of the latents for eight rows.
 //!
 //! # What follows
 //! However many sequences and rows there are, a row's chunks and the order of its sums are the same: it has the bits of
@@ -22,7 +27,7 @@
 //! as many short sequences do.
 //!
 //! Sources: MLA and its absorbed form are DeepSeek-V2's (arXiv 2405.04434); split-KV decoding is Flash-Decoding's (Dao,
-//! Haziza, Massa, Sizov, 2023).
+//! Haziza, Massa, Sizov, 2023); scaling sums only where a score passes its base by a margin is FlashAttention-4's.
 
 #![forbid(unsafe_code)]
 

@@ -113,10 +113,8 @@ fn push(
 ) -> Option<u32> {
     let heads = problem.kind.query_heads();
     let before = items.len();
-    let (lo, hi) = (
-        chunks(problem, batch, sequence, first, cut.chunk).0,
-        chunks(problem, batch, sequence, last - 1, cut.chunk).1,
-    );
+    let (lo, hi) =
+        (chunks(problem, batch, sequence, first, cut.chunk).0, chunks(problem, batch, sequence, last - 1, cut.chunk).1);
     for chunk in lo..hi {
         for row in (first * heads..last * heads).step_by(cut.rows as usize) {
             let end = (row + cut.rows).min(last * heads) - 1;

@@ -44,7 +44,8 @@ fn keys_of(sequence: u32, query: u32) -> vec2<u32> {
 
 // Rows of a sequence that this dispatch answers.
 fn rows_of(sequence: u32) -> u32 {
-    return (min(sequence_start(sequence) + sequence_queries(sequence), call.end) - sequence_start(sequence)) * call.heads;
+    let start = sequence_start(sequence);
+    return (min(start + sequence_queries(sequence), call.end) - start) * call.heads;
 }
 
 fn row_of(sequence: u32, row: u32, chunk: u32) -> Row {

@@ -16,6 +16,17 @@ const PART: u32 = min(QUADS, 2u);
 const UNITS: u32 = EIGHTS * (QUADS / PART);
 const TEAM: u32 = THREADS / GROUPS;
 
+// Eight columns of a row's sums.
+fn keep(state: u32, column: u32, a: vec4<f32>, b: vec4<f32>) {
+    if (state != NO_STATE) {
+        let at = (state * LATENT + column) / 2u;
+        partials[at] = a.xy;
+        partials[at + 1u] = a.zw;
+        partials[at + 2u] = b.xy;
+        partials[at + 3u] = b.zw;
+    }
+}
+
 @compute @workgroup_size(THREADS)
 fn attend(
     @builtin(workgroup_id) workgroup: vec3<u32>,
@@ -93,25 +104,25 @@ fn attend(
         }
     }
     for (var u = 0u; u < KEYS; u++) {
-        let key = begin + u * THREADS + thread;
-        for (var quad = 0u; quad < QUADS; quad++) {
-            var product = x[u * QUADS + quad];
-            if (SCALED) { product *= cache_scale_of(place[u]); }
-            for (var r = 0u; r < 4u; r++) {
-                let row = rows[quad * 4u + r];
-                product[r] = select(LOWEST, logit(product[r], row, sequence, key), sees(row, sequence, key));
-            }
-            scores[quad * CHUNK + u * THREADS + thread] = product;
-        }
+        for (var quad = 0u; quad < QUADS; quad++) { scores[quad * CHUNK + u * THREADS + thread] = x[u * QUADS + quad]; }
     }
     workgroupBarrier();
 
-    // Scores become weights. LANES threads serve a quad.
+    // Products become scores, scores weights. LANES threads serve a quad.
     let quad = thread / LANES;
     let lane = thread % LANES;
     if (quad < QUADS) {
         var top = vec4<f32>(LOWEST);
-        for (var k = lane; k < CHUNK; k += LANES) { top = max(top, scores[quad * CHUNK + k]); }
+        for (var k = lane; k < CHUNK; k += LANES) {
+            var score = scores[quad * CHUNK + k];
+            if (SCALED) { score *= cache_scale_of(places[k]); }
+            for (var r = 0u; r < 4u; r++) {
+                let row = rows[quad * 4u + r];
+                score[r] = select(LOWEST, logit(score[r], row, sequence, begin + k), sees(row, sequence, begin + k));
+            }
+            scores[quad * CHUNK + k] = score;
+            top = max(top, score);
+        }
         tops[thread] = top;
     }
     workgroupBarrier();
@@ -171,8 +182,8 @@ fn attend(
             }
         }
         if (GROUPS > 1u) {
-            // Teams become one, in order. The column at hand is moved to the front: an index that depends on a loop with
-            // barriers, which few compilers unroll, would keep the sums out of registers from the start.
+            // Teams become one, in order. The column at hand is moved to the front: an index that depends on a loop
+            // with barriers, which few compilers unroll, would keep the sums out of registers from the start.
             for (var i = 0u; i < 8u; i++) {
                 workgroupBarrier();
                 for (var p = 0u; p < PART; p++) { scores[thread * PART + p] = sums[p * 8u]; }
@@ -189,15 +200,17 @@ fn attend(
         }
         if (team == 0u && works) {
             for (var p = 0u; p < PART; p++) {
-                for (var r = 0u; r < 4u; r++) {
-                    let state = rows[(part + p) * 4u + r].state;
-                    if (state != NO_STATE) {
-                        for (var i = 0u; i < 8u; i += 2u) {
-                            partials[state * (LATENT / 2u) + (column + i) / 2u] =
-                                vec2<f32>(sums[p * 8u + i][r], sums[p * 8u + i + 1u][r]);
-                        }
-                    }
-                }
+                let row = (part + p) * 4u;
+                let s = p * 8u;
+                // By name: a component whose number no compiler can tell would keep the sums out of registers.
+                keep(rows[row].state, column, vec4<f32>(sums[s].x, sums[s + 1u].x, sums[s + 2u].x, sums[s + 3u].x),
+                    vec4<f32>(sums[s + 4u].x, sums[s + 5u].x, sums[s + 6u].x, sums[s + 7u].x));
+                keep(rows[row + 1u].state, column, vec4<f32>(sums[s].y, sums[s + 1u].y, sums[s + 2u].y, sums[s + 3u].y),
+                    vec4<f32>(sums[s + 4u].y, sums[s + 5u].y, sums[s + 6u].y, sums[s + 7u].y));
+                keep(rows[row + 2u].state, column, vec4<f32>(sums[s].z, sums[s + 1u].z, sums[s + 2u].z, sums[s + 3u].z),
+                    vec4<f32>(sums[s + 4u].z, sums[s + 5u].z, sums[s + 6u].z, sums[s + 7u].z));
+                keep(rows[row + 3u].state, column, vec4<f32>(sums[s].w, sums[s + 1u].w, sums[s + 2u].w, sums[s + 3u].w),
+                    vec4<f32>(sums[s + 4u].w, sums[s + 5u].w, sums[s + 6u].w, sums[s + 7u].w));
             }
         }
     }
