@@ -32,7 +32,7 @@
 //! # Features
 //! | feature | what it adds |
 //! |---|---|
-//! | `cpu`, `plain`, `flash`, `splitkv` | the attention backend of this name |
+//! | `cpu`, `plain`, `flash`, `splitkv`, `mla` | the attention backend of this name |
 //! | `moe-dense`, `moe-grouped` | the backend for mixtures of experts called `dense`, `grouped` |
 //! | `ngram`, `suffix`, `draft-model`, `dflash`, `medusa`, `mtp`, `combine` | the proposer of this name |
 //! | `eagle` | the proposers `eagle` and `eagle3` |
@@ -83,6 +83,8 @@ pub use polyattn_mtp as mtp;
 pub use polyattn_moe_dense as moe_dense;
 #[cfg(feature = "moe-grouped")]
 pub use polyattn_moe_grouped as moe_grouped;
+#[cfg(feature = "mla")]
+pub use polyattn_mla as mla;
 #[cfg(feature = "ngram")]
 pub use polyattn_ngram as ngram;
 pub use polyattn_nn as nn;

@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use polyattn_cpu as _;
 use polyattn_flash as _;
+use polyattn_mla as _;
 use polyattn_plain as _;
 use polyattn_splitkv as _;
 

@@ -34,7 +34,7 @@ fn what_cannot_be_checked_says_why() {
     for (args, wanted) in [
         (
             ["check", "abacus", "--device", "cpu"],
-            "unknown attention backend 'abacus'; registered are: cpu, flash, plain, splitkv",
+            "unknown attention backend 'abacus'; registered are: cpu, flash, mla, plain, splitkv",
         ),
         (["check", "flash", "--device", "cpu"], "backend 'flash' cannot run on cpu: needs a GPU"),
     ] {

@@ -243,7 +243,7 @@ fn names_that_nobody_has_are_answered_with_those_there_are() {
         (["--proposer", "crystal-ball"], "unknown proposer 'crystal-ball'; registered are: dflash, "),
         (
             ["--attention-backend", "abacus"],
-            "unknown attention backend 'abacus'; registered are: cpu, flash, plain, splitkv",
+            "unknown attention backend 'abacus'; registered are: cpu, flash, mla, plain, splitkv",
         ),
         (["--attention-backend", "plain"], "backend 'plain' cannot serve target prefill layer 'full': needs a GPU"),
         (["--proposer", "dflash"], "proposer 'dflash' needs a draft model: --draft-model DIR"),

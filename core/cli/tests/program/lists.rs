@@ -19,7 +19,7 @@ fn named<'a>(list: &'a [Value], name: &str) -> &'a Value {
 fn backends_tell_what_they_can_do_and_where() {
     let backends = list("backends");
     let devices = list("devices");
-    for name in ["cpu", "plain", "flash", "splitkv"] {
+    for name in ["cpu", "plain", "flash", "splitkv", "mla"] {
         let backend = named(&backends, name);
         assert_eq!(backend["crate"], format!("polyattn-{name}"));
         assert_eq!(backend["version"], env!("CARGO_PKG_VERSION"));
@@ -32,7 +32,7 @@ fn backends_tell_what_they_can_do_and_where() {
             assert_eq!(on["usable"], reasons.is_empty(), "{on}");
             let foreign = match (name, device["kind"].as_str()) {
                 ("cpu", Some("gpu")) => Some("needs the CPU device"),
-                ("plain" | "flash" | "splitkv", Some("cpu")) => Some("needs a GPU"),
+                ("plain" | "flash" | "splitkv" | "mla", Some("cpu")) => Some("needs a GPU"),
                 _ => None,
             };
             if let Some(reason) = foreign {
@@ -89,7 +89,7 @@ fn the_table_of_capabilities_is_markdown() {
     assert_eq!(run.code, 0, "{run:?}");
     let columns = run.stdout.lines().next().expect("a header").matches('|').count();
     assert!(run.stdout.lines().all(|line| line.starts_with('|') && line.matches('|').count() == columns));
-    for part in ["`cpu`", "`plain`", "`flash`", "`splitkv`", "| non-causal |", "| page sizes |"] {
+    for part in ["`cpu`", "`plain`", "`flash`", "`splitkv`", "`mla`", "| non-causal |", "| page sizes |"] {
         assert!(run.stdout.contains(part), "{part}");
     }
     assert_eq!(crate::run::run(&["backends", "--markdown", "--json"]).code, 2);

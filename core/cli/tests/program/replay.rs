@@ -119,10 +119,13 @@ fn nobody_who_serves_ends_with_2() {
     let message = replay(&[&file, "--device", "cpu", "--backend", "flush"]).error();
     assert!(message.starts_with("--backend: unknown attention backend 'flush'; registered are: cpu, "), "{message}");
     if has_gpu() {
+        let kind = AttentionKind::Mla { query_heads: 4, latent_dim: 36, rope_dim: 16 };
+        let file = saved(folder.path(), "odd.safetensors", &case(kind));
         for backend in ["auto", "all"] {
             let message = replay(&[&file, "--device", "gpu", "--backend", backend]).error();
             assert!(message.contains("cpu: needs the CPU device"), "{message}");
             assert!(message.contains("plain: MLA not supported"), "{message}");
+            assert!(message.contains("mla: latent_dim 36 not supported"), "{message}");
         }
     }
 }
