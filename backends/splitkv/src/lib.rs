@@ -54,7 +54,7 @@ impl AttentionBackend for SplitKv {
             reasons.push(Decline::Other("tree mask with per-sequence causality".into()));
         }
         if reasons.is_empty() {
-            reasons.extend(shader::device_decline(problem.kind.query_dim(), device));
+            reasons.extend(shader::device_decline(problem, device));
         }
         reasons
     }
