@@ -86,7 +86,7 @@ fn attend(
             // Keys that no row sees give way to one that some row sees: what lies there may be anything, even under a
             // weight of zero.
             let key = clamp(base + u * STREAMS + stream, item_lo, item_hi - 1u);
-            cached[u] = cache_row(slot(sequence, key), kv_head, call.kv_heads);
+            cached[u] = place_of(sequence, key, kv_head);
             places[u] = cached[u] * HEAD_DIM + lane * 8u;
         }
         for (var e = 0u; e < EIGHTS; e++) {

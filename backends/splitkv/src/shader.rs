@@ -118,10 +118,10 @@ impl Variant {
     }
 
     /// Positions of a chunk. Fixed, so that a row's arithmetic does not depend on its company.
-    pub(crate) fn chunk(self) -> u32 {
+    pub(crate) const fn chunk(self) -> u32 {
         match self.products {
-            Products::Lanes(_) => knob("CHUNK_L", 256),
-            Products::Matrices(_) => knob("CHUNK_M", 512),
+            Products::Lanes(_) => 256,
+            Products::Matrices(_) => 1024,
         }
     }
 
@@ -129,18 +129,30 @@ impl Variant {
         match self.products {
             Products::Lanes(_) => self.tiles * TILE_THREADS,
             Products::Matrices(_) => {
-                if self.tiles < 4 {
-                    128
-                } else {
-                    256
-                }
+                // As many as divide the 16-byte units of a block among them.
+                if self.tiles == 4 && (BLOCK * self.head_dim / 8).is_multiple_of(512) { 512 } else { 256 }
             }
         }
     }
 
+    /// Threads that serve a row between products of matrices.
+    const fn row_threads(self) -> u32 {
+        if self.tiles == 1 { 16 } else { 8 }
+    }
+
+    /// Whether the halves of a score are two subgroups' work.
+    const fn split(self) -> bool {
+        self.tiles == 1
+    }
+
+    /// Whether keys and values have a tile each.
+    const fn apart(self) -> bool {
+        self.tiles <= 2 && self.head_dim <= 128
+    }
+
     /// Columns of values that are summed at once by matrices.
     const fn slice(self) -> u32 {
-        if self.tiles == 4 && self.head_dim > 96 || self.head_dim > 128 { 64 } else { self.head_dim }
+        if self.tiles >= 2 && self.head_dim == 128 || self.head_dim > 128 { 64 } else { self.head_dim }
     }
 
     const fn workgroup_bytes(self) -> u32 {
@@ -150,10 +162,13 @@ impl Variant {
                 let streams = TILE_THREADS / lanes;
                 self.tiles * 16 * (streams.div_ceil(2) * self.head_dim + 2 * streams)
             }
-            // Keys or values, weights, scores or sums, places.
+            // Keys and values, weights, scores or sums, places.
             Products::Matrices(_) => {
-                let columns = if self.slice() > BLOCK { self.slice() } else { BLOCK };
-                BLOCK * (self.head_dim + 8) * 2 + self.rows() * ((BLOCK + 8) * 2 + (columns + 8) * 4) + BLOCK * 8
+                let tile = BLOCK * (self.head_dim + 8) * if self.apart() { 4 } else { 2 };
+                let scores = (BLOCK + 8) * if self.split() { 8 } else { 4 };
+                let sums = (self.slice() + 8) * 4;
+                let products = if scores > sums { scores } else { sums };
+                tile + self.rows() * ((BLOCK + 8) * 2 + products) + BLOCK * 8
             }
         }
     }
@@ -187,6 +202,7 @@ impl Variant {
         };
         text += BATCH_WGSL;
         text += problem.kv_layout.wgsl();
+        text += &place_of(problem);
         self.constants(&mut text);
         flags(
             &mut text,
@@ -235,39 +251,48 @@ impl Variant {
                 }
                 text += include_str!("partial.wgsl");
             }
-            // Unrolled, because no index into matrices may be left for a compiler to keep out of registers.
-            Products::Matrices(_) => {
-                let unrolled = |count: u32, line: &dyn Fn(u32) -> String| (0..count).map(line).collect::<String>();
-                let (elements, keys) = (self.head_dim / SIDE, BLOCK / SIDE);
-                let load = |name: &str, from: &str, stride: &str| {
-                    let (name, from, stride) = (name.to_owned(), from.to_owned(), stride.to_owned());
-                    move |i: u32| {
-                        let at = i * SIDE / 4;
-                        format!("let {name}{i} = coopLoadT<coop_mat16x16<f16, A>>(&{from}_at + {at}u], {stride});\n")
-                    }
-                };
-                text += &include_str!("cooperative.wgsl")
-                    .replace("LOAD_QUERIES", &unrolled(elements, &load("q", "tile[queries", "TILE_STRIDE")))
-                    .replace("LOAD_WEIGHTS", &unrolled(keys, &load("w", "weights[weights", "WEIGHT_STRIDE")))
-                    .replace(
-                        "SCORE\n",
-                        &unrolled(elements, &|i| {
-                            let at = i * SIDE / 4;
-                            let keys = format!("coopLoad<coop_mat16x16<f16, B>>(&tile[keys_at + {at}u], TILE_STRIDE)");
-                            format!("score = coopMultiplyAdd(q{i}, {keys}, score);\n")
-                        }),
-                    )
-                    .replace(
-                        "SUM\n",
-                        &unrolled(keys, &|i| {
-                            let at = format!("values_at + {}u * TILE_STRIDE", i * SIDE);
-                            let values = format!("coopLoadT<coop_mat16x16<f16, B>>(&tile[{at}], TILE_STRIDE)");
-                            format!("sum = coopMultiplyAdd(w{i}, {values}, sum);\n")
-                        }),
-                    );
-            }
+            Products::Matrices(_) => text += &self.cooperative(),
         }
         text
+    }
+
+    /// The text of cooperative.wgsl. What it does with matrices is unrolled, because no index into them may be left for
+    /// a compiler to keep out of registers.
+    fn cooperative(self) -> String {
+        let lines = |count: u32, line: &dyn Fn(u32) -> String| (0..count).map(line).collect::<String>();
+        // Steps along a half of a head, and along a block.
+        let (steps, blocks) = (self.head_dim / 2 / SIDE, BLOCK / SIDE);
+        let queries = lines(if self.split() { steps } else { 2 * steps }, &|i| {
+            let at = i * SIDE / 4;
+            format!("let q{i} = coopLoadT<coop_mat16x16<f16, A>>(&tile[queries_at + {at}u], TILE_STRIDE);\n")
+        });
+        let half = |sum: &str, first: u32| {
+            let products = lines(steps, &|i| {
+                let (i, at) = (first + i, (first + i) * SIDE / 4);
+                let keys = format!("coopLoad<coop_mat16x16<f16, B>>(&tile[keys_at + {at}u], TILE_STRIDE)");
+                format!("{sum} = coopMultiplyAdd(q{i}, {keys}, {sum});\n")
+            });
+            format!("var {sum} = coop_mat16x16<f32, C>();\n{products}")
+        };
+        let score = if self.split() {
+            half("score", 0)
+        } else {
+            [&half("low", 0), &half("high", steps), "let score = low + high;\n"].concat()
+        };
+        let weights = lines(blocks, &|i| {
+            let at = i * SIDE / 4;
+            format!("let w{i} = coopLoadT<coop_mat16x16<f16, A>>(&weights[weights_at + {at}u], WEIGHT_STRIDE);\n")
+        });
+        let sum = lines(blocks, &|i| {
+            let at = format!("values_at + {}u * TILE_STRIDE", i * SIDE);
+            let values = format!("coopLoadT<coop_mat16x16<f16, B>>(&tile[{at}], TILE_STRIDE)");
+            format!("sum = coopMultiplyAdd(w{i}, {values}, sum);\n")
+        });
+        include_str!("cooperative.wgsl")
+            .replace("LOAD_QUERIES\n", &queries)
+            .replace("SCORE\n", &score)
+            .replace("LOAD_WEIGHTS\n", &weights)
+            .replace("SUM\n", &format!("var sum = coop_mat16x16<f32, C>();\n{sum}"))
     }
 
     fn constants(self, text: &mut String) {
@@ -280,12 +305,21 @@ impl Variant {
                 ("KEYS", KEYS),
             ],
             Products::Matrices(width) => {
-                vec![("THREADS", self.threads()), ("WIDTH", width), ("SLICE", self.slice()), ("KEYS", BLOCK)]
+                vec![
+                    ("THREADS", self.threads()),
+                    ("ROW_THREADS", self.row_threads()),
+                    ("WIDTH", width),
+                    ("SLICE", self.slice()),
+                    ("KEYS", BLOCK),
+                ]
             }
         };
         let both = [("TILES", self.tiles), ("CHUNK", self.chunk()), ("HEAD_DIM", self.head_dim)];
         for (name, value) in own.into_iter().chain(both) {
             let _ = writeln!(text, "const {name}: u32 = {value}u;");
+        }
+        if matches!(self.products, Products::Matrices(_)) {
+            flags(text, &[("SPLIT", self.split()), ("APART", self.apart())]);
         }
     }
 
@@ -308,8 +342,15 @@ impl Variant {
     }
 }
 
-fn knob(name: &str, default: u32) -> u32 {
-    std::env::var(format!("K1_{name}")).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
+/// Where the cache has a position of a sequence: `place_of(sequence, position, kv_head)`, in rows. A page size that is
+/// known makes shifts of divisions.
+fn place_of(problem: &AttentionProblem) -> String {
+    let size = problem.page_size.map_or("batch_page_size()".to_owned(), |size| format!("{size}u"));
+    format!(
+        "fn place_of(sequence: u32, position: u32, kv_head: u32) -> u32 {{ \
+         let slot = page(sequence, position / {size}) * {size} + position % {size}; \
+         return cache_row(slot, kv_head, call.kv_heads); }}\n"
+    )
 }
 
 fn flags(text: &mut String, flags: &[(&str, bool)]) {
@@ -396,22 +437,24 @@ pub(crate) fn variants() -> impl Iterator<Item = (Variant, AttentionProblem)> {
         problem
     });
     dims.chain(dtypes).chain(features).flat_map(|problem| {
-        let buffers = [8, 16].map(|storage_buffers| {
-            let mut facts = DeviceFacts::gpu("any");
-            facts.limits.workgroup_bytes = 64 << 10;
+        let featured = problem.lse || problem.alibi || problem.softcap.is_some();
+        // Features do not meet tiles and widths: one of each will do.
+        let widths: &[u32] = if featured { &[32] } else { &[4, 8, 16, 32, 64] };
+        let scalar = widths.iter().map(move |width| {
+            let mut facts = DeviceFacts::gpu("any").with_subgroups(*width, *width);
+            facts.limits.workgroup_bytes = 48 << 10;
             facts.limits.workgroup_invocations = 1024;
-            facts.limits.storage_buffers = storage_buffers;
+            // With too few buffers nothing is answered without merging.
+            facts.limits.storage_buffers = if *width == 16 { 5 } else { 16 };
             facts
         });
-        let widths = [4, 8, 16, 32, 64];
-        let scalar = widths.into_iter().flat_map(move |width| buffers.clone().map(|f| f.with_subgroups(width, width)));
         let matrices = scalar
             .clone()
             .filter(|facts| facts.subgroup_min == 32)
             .map(|facts| facts.with_feature("shader-f16").with_cooperative_tile(SIDE, DType::F16, DType::F32));
         scalar.chain(matrices).flat_map(move |facts| {
-            let all: Vec<_> = Variant::all(&problem, &facts).map(|variant| (variant, problem.clone())).collect();
-            all
+            let all = Variant::all(&problem, &facts).filter(|variant| !featured || variant.tiles <= 2);
+            all.map(|variant| (variant, problem.clone())).collect::<Vec<_>>()
         })
     })
 }

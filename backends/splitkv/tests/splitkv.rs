@@ -153,6 +153,9 @@ fn a_verify_row_has_the_bits_of_its_decode_call() {
         for sequence in [0, 1, 3] {
             let (start, queries) = case.batch.queries(sequence);
             for (first, count) in (0..queries).step_by(3).map(|first| (first, 1)).chain([(0, 2), (1, 4)]) {
+                if first + count > queries {
+                    continue;
+                }
                 let one = alone(&case, sequence, first, count).run(&device, &SplitKv).unwrap();
                 let place = (start + first) as usize;
                 let want = &all.out[place * row..][..count as usize * row];
