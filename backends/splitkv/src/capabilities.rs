@@ -2,7 +2,8 @@ use polyattn_api::{Capabilities, DType, DeviceNeed, Dims, DtypeSet, KvDType, KvD
 
 use crate::shader;
 
-/// What `splitkv` serves; everything not named here is declined.
+/// What `splitkv` serves; everything not named here is declined. Deterministic and batch-invariant with either kernel,
+/// and a verified row has the bits of its decode call: no row's arithmetic depends on its company.
 pub(crate) const CAPABILITIES: Capabilities = Capabilities::none(DeviceNeed::Gpu)
     .gqa(Dims::List(&shader::HEAD_DIMS))
     .kv_layouts(&[KvLayout::PageTokenHead, KvLayout::PageHeadToken])

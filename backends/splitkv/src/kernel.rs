@@ -89,8 +89,9 @@ impl Kernel {
     }
 
     /// The fewest tiles whose items run at once, or that hold all rows of the widest sequence: tiles of one item share
-    /// what they read, items of their own finish sooner.
-    fn choose(&self, batch: &BatchLayout) -> Option<Variant> {
+    /// what they read, items of their own finish sooner. And the chunks that an item takes one after the other: more
+    /// than one where there are so many items that starting them is what costs.
+    fn choose(&self, batch: &BatchLayout) -> Option<(Variant, u32)> {
         let rows = |sequence: usize| u64::from(batch.queries(sequence).1) * u64::from(self.group());
         let most = (0..batch.sequences()).map(rows).max().unwrap_or(0);
         let mut chosen = None;
@@ -101,8 +102,9 @@ impl Kernel {
                     rows(sequence).div_ceil(tile) * u64::from(batch.kv_len[sequence].div_ceil(variant.chunk()))
                 })
                 .sum();
-            chosen = Some(*variant);
-            if items * u64::from(self.problem.kind.kv_heads()) <= RESIDENT || tile >= most {
+            let items = items * u64::from(self.problem.kind.kv_heads());
+            chosen = Some((*variant, (items / (4 * RESIDENT)).clamp(1, variant.longest_run().into()) as u32));
+            if items <= RESIDENT || tile >= most {
                 break;
             }
         }
@@ -166,7 +168,7 @@ impl AttentionKernel for Kernel {
     fn plan(&self, batch: &BatchLayout) -> Result<Plan, BackendError> {
         batch.validate(&self.problem)?;
         self.fits(batch)?;
-        let Some(variant) = self.choose(batch) else {
+        let Some((variant, run)) = self.choose(batch) else {
             return Err(BackendError::Batch("the kernel has no pipeline".into()));
         };
         self.pipeline(variant.tiles)?;
@@ -176,7 +178,7 @@ impl AttentionKernel for Kernel {
         let chunks = u64::from(longest) / u64::from(variant.chunk()) + 1;
         let alone = widest * u64::from(self.problem.kind.query_heads()) * chunks;
         let room = ROUND_BYTES.max(alone * self.state_bytes()).min(self.device.facts().limits.binding_bytes);
-        let words = plan::words(&self.problem, batch, variant, room / self.state_bytes())?;
+        let words = plan::words(&self.problem, batch, variant, run, room / self.state_bytes())?;
         Plan::new(&self.device, &self.plans, &self.problem, batch, words)
     }
 

@@ -26,7 +26,7 @@ fn attend(
     // what a compiler takes for divergent flow.
     let number = (workgroup.x + workgroup.y * workgroups.x) / call.kv_heads;
     let kv_head = (workgroup.x + workgroup.y * workgroups.x) % call.kv_heads;
-    let item = call.first + min(number, call.items - 1u) * 3u;
+    let item = call.first + min(number, call.items - 1u) * 4u;
     let sequence = extra(item);
     let chunk = extra(item + 2u);
     let context = sequence_kv_len(sequence) - sequence_queries(sequence);

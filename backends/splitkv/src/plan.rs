@@ -13,6 +13,9 @@ pub(crate) const HEADER: usize = 5;
 /// Words of a round: first item, items, first row, rows, states.
 pub(crate) const ROUND: usize = 5;
 
+/// Words of a work item: sequence, first row, first chunk, chunk behind the last.
+pub(crate) const ITEM: usize = 4;
+
 /// Work items that a plan may have.
 const MOST_ITEMS: u64 = 1 << 22;
 
@@ -27,11 +30,12 @@ pub(crate) struct Round {
     pub(crate) states: u32,
 }
 
-/// The words of a plan for items of a variant's tiles, with at most `most_states` states a round.
+/// The words of a plan for items of a variant's tiles and `run` chunks, with at most `most_states` states a round.
 pub(crate) fn words(
     problem: &AttentionProblem,
     batch: &BatchLayout,
     variant: Variant,
+    run: u32,
     most_states: u64,
 ) -> Result<Vec<u32>, BackendError> {
     let (rows, chunk_keys) = (variant.rows(), variant.chunk());
@@ -50,10 +54,11 @@ pub(crate) fn words(
         let (lo, hi) = keys(problem, batch, sequence, 0, queries - 1);
         let chunks = (lo / chunk_keys, hi.div_ceil(chunk_keys));
         let rows_of = u64::from(queries) * u64::from(group);
-        let more = rows_of.div_ceil(u64::from(rows)) * u64::from(chunks.1 - chunks.0);
-        if items.len() as u64 / 3 + more > MOST_ITEMS {
+        let more = rows_of.div_ceil(u64::from(rows)) * u64::from((chunks.1 - chunks.0).div_ceil(run));
+        if (items.len() / ITEM) as u64 + more > MOST_ITEMS {
             return Err(BackendError::Batch(format!(
-                "the batch has more than {MOST_ITEMS} work items of {rows} rows and {chunk_keys} keys: split it"
+                "the batch has more than {MOST_ITEMS} work items of {rows} rows and {} keys: split it",
+                run * chunk_keys
             )));
         }
         // A single chunk's state is the answer already, and goes nowhere else.
@@ -80,8 +85,8 @@ pub(crate) fn words(
         round.rows = start + queries - round.first_row;
         for first in (0..queries * group).step_by(rows as usize) {
             // A chunk that none of the item's rows sees is written too: merging reads all of a sequence's.
-            for chunk in chunks.0..chunks.1 {
-                items.extend([sequence as u32, first, chunk]);
+            for chunk in (chunks.0..chunks.1).step_by(run as usize) {
+                items.extend([sequence as u32, first, chunk, chunks.1.min(chunk + run)]);
                 round.items += 1;
             }
         }

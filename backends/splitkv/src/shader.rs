@@ -80,6 +80,11 @@ impl Products {
     }
 }
 
+/// Whether cooperative matrices serve a problem on a device.
+pub(crate) fn takes_matrices(problem: &AttentionProblem, facts: &DeviceFacts) -> bool {
+    matches!(Products::choose(problem, facts), Products::Matrices(_))
+}
+
 /// What is chosen for a device, apart from what the problem says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Variant {
@@ -121,7 +126,15 @@ impl Variant {
     pub(crate) const fn chunk(self) -> u32 {
         match self.products {
             Products::Lanes(_) => 256,
-            Products::Matrices(_) => 1024,
+            Products::Matrices(_) => 512,
+        }
+    }
+
+    /// Chunks that one work item may take.
+    pub(crate) const fn longest_run(self) -> u32 {
+        match self.products {
+            Products::Lanes(_) => 1,
+            Products::Matrices(_) => 8,
         }
     }
 

@@ -167,6 +167,31 @@ fn a_verify_row_has_the_bits_of_its_decode_call() {
     }
 }
 
+/// Where there are very many items, one takes several chunks.
+#[test]
+fn a_row_has_the_bits_of_its_call_in_a_large_batch() {
+    let Some(device) = gpu() else { return };
+    for queries in [1, 5] {
+        let mut one = random::case(queries.into(), &Spec::new(gqa(8, 2, 64), DType::F16, &[(queries, 1700)]));
+        one.problem.phase = Phase::Verify;
+        let alone = one.run(&device, &SplitKv).unwrap();
+        assert!(Comparison::of(&one, &alone).unwrap().within_tolerance);
+        let mut many = one.clone();
+        // So many that items take runs of chunks, where they do at all.
+        let copies = if device.facts().cooperative_tiles.is_empty() { 30 } else { 700 };
+        many.batch = BatchLayout::new(one.batch.page_size, one.batch.pool_pages);
+        for _ in 0..copies {
+            many.batch.push(queries, 1700, &one.batch.page_table);
+        }
+        many.q = one.q.repeat(copies);
+        let all = many.run(&device, &SplitKv).unwrap();
+        let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
+        let want = bits(&alone.out);
+        assert_eq!(all.out.len(), alone.out.len() * copies);
+        assert!(all.out.chunks(want.len()).all(|out| bits(out) == want), "{queries} query rows");
+    }
+}
+
 #[test]
 fn is_registered_and_declines_what_it_does_not_serve() {
     let registry = Registry::global().unwrap();
@@ -174,6 +199,17 @@ fn is_registered_and_declines_what_it_does_not_serve() {
     let facts = DeviceFacts::gpu("any").with_subgroups(32, 32);
     let problem = AttentionProblem::new(gqa(9, 3, 64), DType::F16);
     assert_eq!(select(&problem, &facts, registry, &Policy::Auto).unwrap().backend.name(), "splitkv");
+    // Ahead of the registered priority where cooperative matrices serve, in each of its phases; for no other format.
+    let matrices = facts.clone().with_feature("shader-f16").with_cooperative_tile(16, DType::F16, DType::F32);
+    let entry = registry.backend("splitkv").unwrap();
+    for phase in [Phase::Decode, Phase::Verify, Phase::Draft] {
+        let mut halves = problem.clone();
+        halves.phase = phase;
+        assert_eq!(entry.priority_for(&halves, &matrices), 60, "{phase}");
+        assert_eq!(entry.priority_for(&halves, &facts), 40, "{phase}");
+    }
+    let floats = AttentionProblem::new(gqa(9, 3, 64), DType::F32);
+    assert_eq!(entry.priority_for(&floats, &matrices), 40);
     let mut other = AttentionProblem::new(gqa(9, 3, 40), DType::F16);
     (other.prefix_spans, other.phase) = (true, Phase::Prefill);
     let reasons: Vec<_> = SplitKv.declines(&other, &facts).iter().map(ToString::to_string).collect();
@@ -196,8 +232,8 @@ fn mistakes_are_typed_errors() {
     let mut batch = BatchLayout::new(16, 1);
     batch.push(1, 17, &[0]);
     assert!(matches!(kernel.plan(&batch), Err(BackendError::Batch(_))));
-    let mut huge = BatchLayout::new(1 << 28, 1);
-    huge.push(1 << 28, 1 << 28, &[0]);
+    let mut huge = BatchLayout::new(1 << 18, 1);
+    huge.push(1 << 18, 1 << 18, &[0]);
     let error = kernel.plan(&huge).unwrap_err().to_string();
     assert!(error.contains("work items"), "{error}");
 
