@@ -1,11 +1,11 @@
 //! How long one call takes on a GPU, beside `flash` and a copy kernel: decode and verify over a range of contexts.
 //!
-//! `cargo run --release -p polyattn-splitkv --example latency [DEVICE] [small|large]`
+//! `cargo run --release -p polyattn-splitkv --example latency [DEVICE] [small|large|all] [alone]`, `alone` without `flash`
 
 use std::error::Error;
 
 use polyattn_api::{
-    AttentionBackend, AttentionIo, AttentionKind, AttentionProblem, BatchLayout, DType, Device, Phase, Role,
+    AttentionBackend, AttentionIo, AttentionKind, AttentionProblem, BatchLayout, Buffer, DType, Device, Phase, Role,
     device::{Access, DeviceChoice, PipelineSpec},
 };
 use polyattn_flash::Flash;
@@ -25,8 +25,19 @@ const SMALL: &[Shape] = &[
     [9, 3, 64, 8, 1, 512],
     [9, 3, 64, 8, 1, 1024],
     [9, 3, 64, 8, 1, 4096],
+    [32, 8, 128, 1, 1, 128],
     [32, 8, 128, 1, 1, 1024],
     [32, 8, 128, 1, 1, 8192],
+    [32, 8, 128, 8, 1, 1024],
+    [32, 8, 128, 8, 1, 8192],
+    [32, 8, 128, 1, 8, 1024],
+    [32, 8, 128, 1, 64, 256],
+    [32, 8, 128, 1, 64, 1024],
+    [32, 8, 128, 4, 64, 1024],
+    [32, 8, 128, 8, 64, 1024],
+    [8, 1, 256, 1, 16, 4096],
+    [8, 1, 256, 8, 16, 4096],
+    [64, 8, 64, 1, 32, 4096],
 ];
 
 const LARGE: &[Shape] = &[
@@ -38,6 +49,8 @@ const LARGE: &[Shape] = &[
     [32, 8, 128, 4, 8, 32_768],
     [32, 8, 128, 8, 8, 32_768],
     [32, 8, 128, 16, 8, 32_768],
+    [32, 8, 128, 32, 8, 32_768],
+    [32, 8, 128, 64, 8, 32_768],
 ];
 
 const COPY: &str = "
@@ -50,10 +63,30 @@ fn copy(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups
     for (var i = 0u; i < 4u; i++) { y[first + i * 256u] = x[first + i * 256u]; }
 }";
 
+/// Halves between -1 and 1: a GPU may be quicker on zeros.
+const FILL: &str = "
+@group(0) @binding(0) var<storage, read_write> x: array<u32>;
+fn half(seed: u32) -> f32 {
+    var h = seed * 747796405u + 2891336453u;
+    h = ((h >> ((h >> 28u) + 4u)) ^ h) * 277803737u;
+    return f32((h >> 22u) ^ h) * (2.0 / 4294967296.0) - 1.0;
+}
+@compute @workgroup_size(256)
+fn fill(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>,
+        @builtin(local_invocation_index) thread: u32) {
+    let i = (group.x + group.y * groups.x) * 256u + thread;
+    if (i < arrayLength(&x)) { x[i] = pack2x16float(vec2<f32>(half(2u * i), half(2u * i + 1u))); }
+}";
+
 fn main() -> Result<(), Box<dyn Error>> {
     let mut args = std::env::args().skip(1);
     let choice: DeviceChoice = args.next().as_deref().unwrap_or("gpu").parse()?;
-    let shapes = if args.next().as_deref() == Some("large") { LARGE } else { SMALL };
+    let shapes = match args.next().as_deref() {
+        Some("large") => LARGE.to_vec(),
+        Some("all") => [SMALL, LARGE].concat(),
+        _ => SMALL.to_vec(),
+    };
+    let alone = args.next().is_some();
     let device = Device::open(&choice)?;
     println!("{} ({}), f16", device.facts().name, device.facts().driver);
     let copied = copy(&device)?;
@@ -62,8 +95,8 @@ fn main() -> Result<(), Box<dyn Error>> {
         "{:>9} {:>5} {:>5} {:>8} | {:>9} {:>9} {:>7} {:>5} |",
         "heads", "rows", "batch", "context", "flash µs", "splitkv", "GB/s", "copy"
     );
-    for shape in shapes {
-        let flash = time(&device, &Flash, shape)?;
+    for shape in &shapes {
+        let flash = if alone { f64::NAN } else { time(&device, &Flash, shape)? };
         let split = time(&device, &SplitKv, shape)?;
         let [query_heads, kv_heads, head_dim, rows, batch, context] = *shape;
         let bytes = f64::from(batch) * f64::from(context) * f64::from(kv_heads * head_dim) * 4.0;
@@ -94,6 +127,9 @@ fn time(device: &Device, backend: &dyn AttentionBackend, shape: &Shape) -> Resul
     let q = device.alloc(u64::from(batch * rows * query_heads * head_dim) * 2, "q")?;
     let (k, v) = (device.alloc(cache, "k")?, device.alloc(cache, "v")?);
     let out = device.alloc(u64::from(batch * rows * query_heads * head_dim) * 4, "out")?;
+    for buffer in [&q, &k, &v] {
+        fill(device, buffer)?;
+    }
     let plan = kernel.plan(&layout)?;
     // Enough calls for a millisecond or more, few enough for a slow device.
     let calls = if batch * context > 1 << 17 { 5 } else { 100 };
@@ -110,10 +146,28 @@ fn time(device: &Device, backend: &dyn AttentionBackend, shape: &Shape) -> Resul
     Ok(times[times.len() / 2])
 }
 
+fn fill(device: &Device, buffer: &Buffer) -> Result<(), Box<dyn Error>> {
+    let pipeline = device.pipeline(&PipelineSpec {
+        label: "fill",
+        source: FILL,
+        entry: "fill",
+        bindings: &[Access::ReadWrite],
+        immediate_bytes: 0,
+        constants: &[],
+    })?;
+    let groups = buffer.bytes().div_ceil(1024) as u32;
+    let y = groups.div_ceil(32_768);
+    let mut commands = device.commands()?;
+    commands.dispatch(&pipeline, &[buffer.whole()], &[], [groups.div_ceil(y), y, 1])?;
+    commands.submit()?;
+    Ok(())
+}
+
 /// GB/s of a compute kernel that copies half a gigabyte (less where a binding holds less).
 fn copy(device: &Device) -> Result<f64, Box<dyn Error>> {
     let bytes = device.facts().limits.binding_bytes.min(512 << 20) >> 24 << 24;
     let (x, y) = (device.alloc(bytes, "x")?, device.alloc(bytes, "y")?);
+    fill(device, &x)?;
     let pipeline = device.pipeline(&PipelineSpec {
         label: "copy",
         source: COPY,

@@ -3,15 +3,12 @@ use std::sync::OnceLock;
 use bytemuck::{Pod, Zeroable};
 use parking_lot::Mutex;
 use polyattn_api::{
-    AttentionIo, AttentionKernel, AttentionProblem, BackendError, BatchLayout, Buffer, Commands, Device, Plan,
-    PlanPool,
+    AttentionIo, AttentionKernel, AttentionProblem, BackendError, BatchLayout, Buffer, BufferSlice, Commands, Device,
+    KvDType, Plan, PlanPool,
     device::{Pipeline, PipelineSpec},
 };
 
-use crate::{
-    plan,
-    shader::{CHUNK, ROWS, Variant},
-};
+use crate::{plan, shader::Variant};
 
 /// Bytes of partial states that one round aims to stay below.
 const ROUND_BYTES: u64 = 256 << 20;
@@ -25,6 +22,7 @@ const RESIDENT: u64 = 256;
 struct PartialCall {
     scale: f32,
     softcap: f32,
+    nothing: f32,
     left: u32,
     right: u32,
     heads: u32,
@@ -63,9 +61,7 @@ pub(crate) struct Kernel {
 impl Kernel {
     /// For a problem that was not declined.
     pub(crate) fn new(device: &Device, problem: &AttentionProblem) -> Result<Self, BackendError> {
-        let head_dim = problem.kind.query_dim();
-        let partial: Vec<_> =
-            Variant::all(head_dim, device.facts()).map(|variant| (variant, OnceLock::new())).collect();
+        let partial: Vec<_> = Variant::all(problem, device.facts()).map(|variant| (variant, OnceLock::new())).collect();
         let Some((variant, first)) = partial.first() else {
             return Err(BackendError::Batch("the device's limits leave no tile of rows".into()));
         };
@@ -93,32 +89,53 @@ impl Kernel {
     }
 
     /// The fewest tiles whose items run at once, or that hold all rows of the widest sequence: tiles of one item share
-    /// what they read, items of their own finish sooner.
-    fn choose(&self, batch: &BatchLayout) -> Option<Variant> {
+    /// what they read, items of their own finish sooner. And the chunks that an item takes one after the other: more
+    /// than one where there are so many items that starting them is what costs.
+    fn choose(&self, batch: &BatchLayout) -> Option<(Variant, u32)> {
         let rows = |sequence: usize| u64::from(batch.queries(sequence).1) * u64::from(self.group());
         let most = (0..batch.sequences()).map(rows).max().unwrap_or(0);
         let mut chosen = None;
         for (variant, _) in &self.partial {
             let tile = u64::from(variant.rows());
             let items: u64 = (0..batch.sequences())
-                .map(|sequence| rows(sequence).div_ceil(tile) * u64::from(batch.kv_len[sequence].div_ceil(CHUNK)))
+                .map(|sequence| {
+                    rows(sequence).div_ceil(tile) * u64::from(batch.kv_len[sequence].div_ceil(variant.chunk()))
+                })
                 .sum();
-            chosen = Some(*variant);
-            if items * u64::from(self.problem.kind.kv_heads()) <= RESIDENT || tile >= most {
+            let items = items * u64::from(self.problem.kind.kv_heads());
+            chosen = Some((*variant, (items / (4 * RESIDENT)).clamp(1, variant.longest_run().into()) as u32));
+            if items <= RESIDENT || tile >= most {
                 break;
             }
         }
         chosen
     }
 
-    fn pipeline(&self, tiles: u32) -> Result<Option<&Pipeline>, BackendError> {
+    fn pipeline(&self, tiles: u32) -> Result<Option<(Variant, &Pipeline)>, BackendError> {
         let Some((variant, pipeline)) = self.partial.iter().find(|(variant, _)| variant.tiles == tiles) else {
             return Ok(None);
         };
         if pipeline.get().is_none() {
             let _ = pipeline.set(compile(&self.device, &self.problem, *variant)?);
         }
-        Ok(pipeline.get())
+        Ok(pipeline.get().map(|pipeline| (*variant, pipeline)))
+    }
+
+    /// Refuses a cache that no binding holds, before anything is recorded.
+    fn fits(&self, batch: &BatchLayout) -> Result<(), BackendError> {
+        let kind = &self.problem.kind;
+        let slots = u64::from(batch.pool_pages) * u64::from(batch.page_size);
+        let bytes = slots * u64::from(kind.kv_heads() * kind.query_dim()) * self.problem.kv_dtype.bytes();
+        let allowed = self.device.facts().limits.binding_bytes;
+        if bytes <= allowed {
+            return Ok(());
+        }
+        Err(BackendError::Batch(format!(
+            "a key cache of {} pages of {} tokens has {bytes} bytes, and a binding of '{}' holds {allowed}",
+            batch.pool_pages,
+            batch.page_size,
+            self.device.facts().name
+        )))
     }
 
     /// The buffer of partial states, at least of this many bytes.
@@ -137,7 +154,7 @@ fn compile(device: &Device, problem: &AttentionProblem, variant: Variant) -> Res
         label: "splitkv partial",
         source: &variant.partial(problem),
         entry: "attend",
-        bindings: &Variant::partial_bindings(problem),
+        bindings: &Variant::partial_bindings(problem, variant.direct),
         immediate_bytes: size_of::<PartialCall>() as u32,
         constants: &[],
     })?)
@@ -150,16 +167,18 @@ impl AttentionKernel for Kernel {
 
     fn plan(&self, batch: &BatchLayout) -> Result<Plan, BackendError> {
         batch.validate(&self.problem)?;
-        let Some(variant) = self.choose(batch) else {
+        self.fits(batch)?;
+        let Some((variant, run)) = self.choose(batch) else {
             return Err(BackendError::Batch("the kernel has no pipeline".into()));
         };
         self.pipeline(variant.tiles)?;
         let widest = batch.query_start.windows(2).map(|pair| u64::from(pair[1] - pair[0])).max().unwrap_or(0);
         let longest = batch.kv_len.iter().copied().max().unwrap_or(0);
         // One sequence stays in one round, however large.
-        let alone = widest * u64::from(self.problem.kind.query_heads()) * (u64::from(longest) / u64::from(CHUNK) + 1);
+        let chunks = u64::from(longest) / u64::from(variant.chunk()) + 1;
+        let alone = widest * u64::from(self.problem.kind.query_heads()) * chunks;
         let room = ROUND_BYTES.max(alone * self.state_bytes()).min(self.device.facts().limits.binding_bytes);
-        let words = plan::words(&self.problem, batch, variant.tiles, variant.tiles * ROWS, room / self.state_bytes())?;
+        let words = plan::words(&self.problem, batch, variant, run, room / self.state_bytes())?;
         Plan::new(&self.device, &self.plans, &self.problem, batch, words)
     }
 
@@ -168,16 +187,20 @@ impl AttentionKernel for Kernel {
         io.validate(problem, plan.batch())?;
         let foreign = || BackendError::Batch("the plan was made by another kernel".into());
         let (tiles, facts, rounds) = plan::rounds(plan.extra(), self.group()).ok_or_else(foreign)?;
-        let partial = self.pipeline(tiles)?.ok_or_else(foreign)?;
+        let (variant, partial) = self.pipeline(tiles)?.ok_or_else(foreign)?;
         let index = plan.index(commands)?;
         let side = |side: Option<u32>| side.unwrap_or(u32::MAX);
         let (heads, kv_heads) = (problem.kind.query_heads(), problem.kind.kv_heads());
+        let endings = [Some(io.out), io.lse.filter(|_| problem.lse), io.sinks.filter(|_| problem.sinks)];
+        let scales = [io.k_scale, io.v_scale].map(|scale| scale.filter(|_| problem.kv_dtype == KvDType::Q8));
+        let slopes = io.alibi_slopes.filter(|_| problem.alibi);
         for round in rounds {
             let buffer = self.states(u64::from(round.states) * self.state_bytes())?;
             let states = buffer.whole();
             let call = PartialCall {
                 scale: problem.scale,
                 softcap: problem.softcap.unwrap_or(1.0),
+                nothing: f32::NEG_INFINITY,
                 left: side(problem.window.and_then(|window| window.left)),
                 right: side(problem.window.and_then(|window| window.right)),
                 heads,
@@ -188,9 +211,14 @@ impl AttentionKernel for Kernel {
                 facts,
                 states: round.states,
             };
-            let bound = [index, io.q, io.k_cache, io.v_cache, states, io.alibi_slopes.unwrap_or(states)];
-            let bound = if problem.alibi { &bound[..] } else { &bound[..5] };
-            commands.dispatch(partial, bound, bytemuck::bytes_of(&call), self.spread(round.items, kv_heads))?;
+            let own = [Some(io.q), Some(io.k_cache), Some(io.v_cache), Some(states), slopes];
+            let ended = endings.into_iter().filter(|_| variant.direct);
+            let (slices, count) = bound(index, own.into_iter().chain(scales).chain(ended));
+            let groups = self.spread(round.items, kv_heads);
+            commands.dispatch(partial, &slices[..count], bytemuck::bytes_of(&call), groups)?;
+            if round.states == 0 {
+                continue;
+            }
 
             let call = MergeCall {
                 nothing: f32::NEG_INFINITY,
@@ -200,28 +228,37 @@ impl AttentionKernel for Kernel {
                 facts,
                 states: round.states,
             };
-            let mut bound = [index, states, io.out, io.out, io.out];
-            let mut count = 3;
-            let optional = [io.lse.filter(|_| problem.lse), io.sinks.filter(|_| problem.sinks)];
-            for slice in optional.into_iter().flatten() {
-                bound[count] = slice;
-                count += 1;
-            }
-            commands.dispatch(
-                &self.merge,
-                &bound[..count],
-                bytemuck::bytes_of(&call),
-                self.spread(round.rows, heads),
-            )?;
+            let (slices, count) = bound(index, [Some(states)].into_iter().chain(endings));
+            let groups = self.spread(round.rows, heads);
+            commands.dispatch(&self.merge, &slices[..count], bytemuck::bytes_of(&call), groups)?;
         }
         Ok(())
     }
 }
 
+/// Bindings of a dispatch at the most.
+const MOST_BINDINGS: usize = 11;
+
+/// The index and those other buffers that a problem has: the bindings of a dispatch, and their number.
+fn bound<'a>(
+    index: BufferSlice<'a>,
+    others: impl Iterator<Item = Option<BufferSlice<'a>>>,
+) -> ([BufferSlice<'a>; MOST_BINDINGS], usize) {
+    let mut bound = [index; MOST_BINDINGS];
+    let mut count = 1;
+    for (place, slice) in bound[1..].iter_mut().zip(others.flatten()) {
+        *place = slice;
+        count += 1;
+    }
+    (bound, count)
+}
+
 impl Kernel {
-    /// A dimension of a dispatch is limited, so many workgroups are spread over two.
-    fn spread(&self, count: u32, z: u32) -> [u32; 3] {
-        let y = count.div_ceil(self.device.facts().limits.workgroups_per_dimension.max(1)).max(1);
-        [count.div_ceil(y), y, z]
+    /// A workgroup for each of `count` things and each head. A dimension of a dispatch is limited, so many are spread
+    /// over two.
+    fn spread(&self, count: u32, heads: u32) -> [u32; 3] {
+        let all = u64::from(count) * u64::from(heads);
+        let y = all.div_ceil(u64::from(self.device.facts().limits.workgroups_per_dimension.max(1))).max(1);
+        [all.div_ceil(y) as u32, y as u32, 1]
     }
 }

@@ -4,16 +4,25 @@
 //!
 //! # Structure
 //! A sequence's keys are cut into *chunks* of a fixed number of positions, counted from position 0. A work item is one
-//! chunk, one KV head and up to 16 *tiles* of 4 rows: a row is a query row and one query head of the group, so that
-//! keys and values are read from memory once for all of them. 64 threads serve a tile. They form *streams*, each as
-//! wide as a head with 8 elements a thread where subgroups allow: a stream takes every so-manieth key of the chunk,
-//! reads it with neighbouring 16-byte loads, and keeps an online softmax of its own in registers. Streams are merged at
-//! the end of the chunk, and chunks by a second kernel, in order of position.
+//! chunk or a run of them, one KV head and some *tiles* of rows: a row is a query row and one query head of the group,
+//! so that keys and values are read from memory once for all of them. Chunks become partial states (weighted sums,
+//! highest logit, sum of weights), which a second kernel merges in order of position; a sequence of one chunk is
+//! answered at once. Two kernels answer chunks. Which one does is decided by the formats and the device alone:
+//!
+//! * `cooperative.wgsl`, where queries and cache are halves and the device multiplies 16 × 16 halves as cooperative
+//!   matrices (subgroups of 32). Tiles of 16 rows, up to 4; chunks of 512 keys, in blocks of 64. Keys and values go
+//!   through workgroup memory, each block's into registers while the one before is computed with. Scores and sums leave
+//!   the matrices through workgroup memory, and are scaled and added by ordinary threads in f32; weights are rounded to
+//!   halves. Many rows cost little more than one.
+//! * `partial.wgsl` on any GPU with subgroups, and for every format. Tiles of 4 rows, up to 16; chunks of 256 keys. 64
+//!   threads serve a tile. They form *streams*, each as wide as a head with 8 elements a thread where subgroups allow: a
+//!   stream takes every so-manieth key of the chunk, reads it with neighbouring 16-byte loads, and keeps an online
+//!   softmax of its own in registers.
 //!
 //! # What follows
-//! However many sequences and rows there are, a row's chunks, streams and their order are the same: it has the bits of
-//! the decode call at its position, alone and in any batch. The many chunks of one long sequence fill a device as well
-//! as many short sequences do, and none waits for the longest.
+//! However many sequences and rows there are, a row's chunks, blocks, streams and their order are the same: it has the
+//! bits of the decode call at its position, alone and in any batch. The many chunks of one long sequence fill a device
+//! as well as many short sequences do, and none waits for the longest.
 //!
 //! Source: split-KV decoding is Flash-Decoding's (Dao, Haziza, Massa, Sizov, 2023); the fixed split that makes it
 //! batch-invariant is described in "Defeating Nondeterminism in LLM Inference" (Thinking Machines, 2025).
@@ -54,9 +63,16 @@ impl AttentionBackend for SplitKv {
             reasons.push(Decline::Other("tree mask with per-sequence causality".into()));
         }
         if reasons.is_empty() {
-            reasons.extend(shader::device_decline(problem.kind.query_dim(), device));
+            reasons.extend(shader::device_decline(problem, device));
         }
         reasons
+    }
+
+    /// With cooperative matrices it is faster than `flash` for every number of rows and keys that was measured; without,
+    /// it is behind for verification at long contexts and below about a thousand keys (see `examples/latency.rs`). One
+    /// answer for decode, verify and draft: a verified row keeps the bits of its decode call.
+    fn priority(&self, problem: &AttentionProblem, device: &DeviceFacts, registered: i32) -> i32 {
+        if shader::takes_matrices(problem, device) { registered + 20 } else { registered }
     }
 
     fn prepare(&self, device: &Device, problem: &AttentionProblem) -> Result<Arc<dyn AttentionKernel>, BackendError> {
@@ -68,7 +84,5 @@ impl AttentionBackend for SplitKv {
     }
 }
 
-// Below `flash`: on an H100 it is up to twelve times as fast for few long sequences, and behind for verification at long
-// contexts and for decoding below about a thousand keys (tests/bench/results/2026-11-23-h100). Choosing one for decode
-// and the other for verify would cost a verified row the bits of its decode call.
+// Below `flash`, which it passes where cooperative matrices serve.
 register_backend!(SplitKv, priority = 40);

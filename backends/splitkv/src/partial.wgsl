@@ -3,48 +3,11 @@
 // A row's bits must not depend on the rows beside it, so sums are spelled as fma: nothing is left for a compiler to
 // contract in one specialisation and not in another.
 
-struct Call {
-    scale: f32,
-    softcap: f32,
-    left: u32,   // the window, the largest u32 where it is unbounded
-    right: u32,
-    heads: u32,  // query heads
-    kv_heads: u32,
-    group: u32,  // query heads of a KV head
-    items: u32,  // work items of this dispatch
-    first: u32,  // the first one's place among the plan's words
-    facts: u32,  // of sequences: three words each, of which the first two are first state and first chunk
-    states: u32, // states that the buffer has room for
-}
-var<immediate> call: Call;
-
-// For each state HEAD_DIM sums; behind all of them highest logit and sum of weights.
-@group(0) @binding(4) var<storage, read_write> partials: array<f32>;
-
-const LOWEST: f32 = -3.0e38; // in place of -infinity
-const MASKED: f32 = -2.9e38; // what is not above it weighs nothing
 const ELEMENTS: u32 = 8u * EIGHTS;
 
 var<workgroup> sums_of: array<vec4<f32>, TILES * ((STREAMS + 1u) / 2u) * HEAD_DIM>;
 var<workgroup> highest_of: array<vec4<f32>, TILES * STREAMS>;
 var<workgroup> total_of: array<vec4<f32>, TILES * STREAMS>;
-
-// First key that a query row sees, and the key behind the last one. Both never fall from row to row.
-fn keys_of(sequence: u32, query: u32) -> vec2<u32> {
-    let length = sequence_kv_len(sequence);
-    let position = length - sequence_queries(sequence) + query;
-    var end = select(length, position + 1u, sequence_causal(sequence));
-    if (call.right < length - position) { end = min(end, position + call.right + 1u); }
-    return vec2<u32>(position - min(position, call.left), end);
-}
-
-fn logit(product: f32, slope: f32, key: u32, position: u32) -> f32 {
-    var x = product;
-    // Some drivers make NaN of the tanh of large numbers.
-    if (SOFTCAP) { x = call.softcap * tanh(clamp(x / call.softcap, -15.0, 15.0)); }
-    if (ALIBI) { x = fma(slope, f32(i32(key) - i32(position)), x); }
-    return x;
-}
 
 @compute @workgroup_size(TILES * TILE_THREADS)
 fn attend(
@@ -61,11 +24,11 @@ fn attend(
     let lane = thread % LANES;
     // A workgroup beyond the last item repeats the last one without writing: an early return would leave barriers in
     // what a compiler takes for divergent flow.
-    let number = workgroup.x + workgroup.y * workgroups.x;
-    let item = call.first + min(number, call.items - 1u) * 3u;
+    let number = (workgroup.x + workgroup.y * workgroups.x) / call.kv_heads;
+    let kv_head = (workgroup.x + workgroup.y * workgroups.x) % call.kv_heads;
+    let item = call.first + min(number, call.items - 1u) * 4u;
     let sequence = extra(item);
     let chunk = extra(item + 2u);
-    let kv_head = workgroup.z;
     let context = sequence_kv_len(sequence) - sequence_queries(sequence);
     let all = sequence_queries(sequence) * call.group;
     let first = extra(item + 1u) + tile * 4u;
@@ -117,12 +80,14 @@ fn attend(
     // Steps begin at the same positions whatever the window: a row that sees none of a step keeps its bits.
     for (var base = begin + (max(item_lo, begin) - begin) / step * step; base < end; base += step) {
         var x: array<vec4<f32>, KEYS>;
+        var cached: array<u32, KEYS>;
         var places: array<u32, KEYS>;
         for (var u = 0u; u < KEYS; u++) {
             // Keys that no row sees give way to one that some row sees: what lies there may be anything, even under a
             // weight of zero.
             let key = clamp(base + u * STREAMS + stream, item_lo, item_hi - 1u);
-            places[u] = (slot(sequence, key) * call.kv_heads + kv_head) * HEAD_DIM + lane * 8u;
+            cached[u] = place_of(sequence, key, kv_head);
+            places[u] = cached[u] * HEAD_DIM + lane * 8u;
         }
         for (var e = 0u; e < EIGHTS; e++) {
             var keys: array<array<vec4<f32>, 2>, KEYS>;
@@ -143,6 +108,10 @@ fn attend(
         }
         for (var hop = 1u; hop < LANES; hop <<= 1u) {
             for (var u = 0u; u < KEYS; u++) { x[u] += subgroupShuffleXor(x[u], hop); }
+        }
+
+        if (SCALED) {
+            for (var u = 0u; u < KEYS; u++) { x[u] *= k_scale_of(cached[u]); }
         }
 
         var top = highest;
@@ -174,6 +143,8 @@ fn attend(
         for (var u = 0u; u < KEYS; u++) {
             x[u] = select(vec4<f32>(), exp(x[u] - top), x[u] > vec4<f32>(MASKED));
             total = fma(x[u], vec4<f32>(1.0), total);
+            // The scale of a key's values goes into its weight, once for all of them.
+            if (SCALED) { x[u] *= v_scale_of(cached[u]); }
         }
         for (var i = 0u; i < ELEMENTS; i++) { sums[i] *= shrink; }
         for (var e = 0u; e < EIGHTS; e++) {
@@ -222,14 +193,19 @@ fn attend(
             let part = select(vec4<f32>(), exp(above - top), above > vec4<f32>(MASKED));
             weights = fma(total_of[tile * STREAMS + s], part, weights);
         }
-        let base = extra(call.facts + sequence * 3u);
-        let ordinal = chunk - extra(call.facts + sequence * 3u + 1u);
-        let slots = sequence_queries(sequence) * call.heads;
+        let only = is_only_chunk(sequence);
         // Counted to four, not to the number of rows: an index that no compiler can unroll would keep the sums out of
         // registers from the start.
         for (var r = 0u; r < 4u; r++) {
-            if (r < rows) {
-                let state = base + ordinal * slots + row_place[r];
+            if (r < rows && only) {
+                let place = sequence_start(sequence) * call.heads + row_place[r];
+                let end = ending(top[r], weights[r], row_place[r] % call.heads);
+                for (var i = 0u; i < ELEMENTS; i++) {
+                    write_out(place * HEAD_DIM + (i / 8u * LANES + lane) * 8u + i % 8u, answer(sums[i][r], end));
+                }
+                if (lane == 0u) { write_lse(place, lse_of(end)); }
+            } else if (r < rows) {
+                let state = first_state(sequence, chunk) + row_place[r];
                 for (var i = 0u; i < ELEMENTS; i++) {
                     partials[state * HEAD_DIM + (i / 8u * LANES + lane) * 8u + i % 8u] = sums[i][r];
                 }

@@ -2,7 +2,7 @@
 
 use polyattn_api::{AttentionProblem, BackendError, BatchLayout, Mask};
 
-use crate::shader::CHUNK;
+use crate::shader::Variant;
 
 /// Begins the words of a plan, so that a plan of another backend is not taken for one of these.
 pub(crate) const TAG: u32 = 0x7370_6c69;
@@ -12,6 +12,9 @@ pub(crate) const HEADER: usize = 5;
 
 /// Words of a round: first item, items, first row, rows, states.
 pub(crate) const ROUND: usize = 5;
+
+/// Words of a work item: sequence, first row, first chunk, chunk behind the last.
+pub(crate) const ITEM: usize = 4;
 
 /// Work items that a plan may have.
 const MOST_ITEMS: u64 = 1 << 22;
@@ -27,14 +30,15 @@ pub(crate) struct Round {
     pub(crate) states: u32,
 }
 
-/// The words of a plan for items of `rows` rows, with at most `most_states` states a round.
+/// The words of a plan for items of a variant's tiles and `run` chunks, with at most `most_states` states a round.
 pub(crate) fn words(
     problem: &AttentionProblem,
     batch: &BatchLayout,
-    tiles: u32,
-    rows: u32,
+    variant: Variant,
+    run: u32,
     most_states: u64,
 ) -> Result<Vec<u32>, BackendError> {
+    let (rows, chunk_keys) = (variant.rows(), variant.chunk());
     let heads = problem.kind.query_heads();
     let group = heads / problem.kind.kv_heads();
     let sequences = batch.sequences();
@@ -48,15 +52,18 @@ pub(crate) fn words(
             continue;
         }
         let (lo, hi) = keys(problem, batch, sequence, 0, queries - 1);
-        let chunks = (lo / CHUNK, hi.div_ceil(CHUNK));
+        let chunks = (lo / chunk_keys, hi.div_ceil(chunk_keys));
         let rows_of = u64::from(queries) * u64::from(group);
-        let more = rows_of.div_ceil(u64::from(rows)) * u64::from(chunks.1 - chunks.0);
-        if items.len() as u64 / 3 + more > MOST_ITEMS {
+        let more = rows_of.div_ceil(u64::from(rows)) * u64::from((chunks.1 - chunks.0).div_ceil(run));
+        if (items.len() / ITEM) as u64 + more > MOST_ITEMS {
             return Err(BackendError::Batch(format!(
-                "the batch has more than {MOST_ITEMS} work items of {rows} rows and {CHUNK} keys: split it"
+                "the batch has more than {MOST_ITEMS} work items of {rows} rows and {} keys: split it",
+                run * chunk_keys
             )));
         }
-        let states = u64::from(chunks.1 - chunks.0) * u64::from(queries) * u64::from(heads);
+        // A single chunk's state is the answer already, and goes nowhere else.
+        let kept = if variant.direct && chunks.1 - chunks.0 == 1 { 0 } else { chunks.1 - chunks.0 };
+        let states = u64::from(kept) * u64::from(queries) * u64::from(heads);
         if states > most_states {
             return Err(BackendError::Batch(format!(
                 "sequence {sequence} with {queries} query rows over {} keys has {states} partial states, one buffer \
@@ -78,15 +85,15 @@ pub(crate) fn words(
         round.rows = start + queries - round.first_row;
         for first in (0..queries * group).step_by(rows as usize) {
             // A chunk that none of the item's rows sees is written too: merging reads all of a sequence's.
-            for chunk in chunks.0..chunks.1 {
-                items.extend([sequence as u32, first, chunk]);
+            for chunk in (chunks.0..chunks.1).step_by(run as usize) {
+                items.extend([sequence as u32, first, chunk, chunks.1.min(chunk + run)]);
                 round.items += 1;
             }
         }
     }
     let behind = HEADER + rounds.len() * ROUND + facts.len();
     let mut words = Vec::with_capacity(behind + items.len());
-    words.extend([TAG, tiles, group, rounds.len() as u32, sequences as u32]);
+    words.extend([TAG, variant.tiles, group, rounds.len() as u32, sequences as u32]);
     for round in &rounds {
         words.extend([round.first_item + behind as u32, round.items, round.first_row, round.rows, round.states]);
     }

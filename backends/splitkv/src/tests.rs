@@ -10,15 +10,17 @@ use polyattn_api::{AttentionKind, AttentionProblem, BatchLayout, DType};
 
 use crate::{
     plan,
-    shader::{self, CHUNK, Variant},
+    shader::{self, Products, Variant},
 };
 
-/// In every language that wgpu hands a shader to a driver in.
+/// In every language that wgpu hands a shader to a driver in; cooperative matrices have none on DX12.
 fn translates(source: &str, bindings: usize) {
     let module =
         naga::front::wgsl::parse_str(source).unwrap_or_else(|error| panic!("{}", error.emit_to_string(source)));
     let capabilities = valid::Capabilities::IMMEDIATES
         | valid::Capabilities::SHADER_FLOAT16_IN_FLOAT32
+        | valid::Capabilities::SHADER_FLOAT16
+        | valid::Capabilities::COOPERATIVE_MATRIX
         | valid::Capabilities::SUBGROUP;
     let info = Validator::new(ValidationFlags::all(), capabilities)
         .subgroup_operations(SubgroupOperationSet::all())
@@ -27,8 +29,12 @@ fn translates(source: &str, bindings: usize) {
         .unwrap_or_else(|error| panic!("{}", error.emit_to_string(source)));
     let options = spv::Options { lang_version: (1, 3), ..spv::Options::default() };
     spv::write_vec(&module, &info, &options, None).unwrap();
-    let options = msl::Options { fake_missing_bindings: true, lang_version: (2, 4), ..msl::Options::default() };
+    let options = msl::Options { fake_missing_bindings: true, lang_version: (3, 1), ..msl::Options::default() };
     msl::write_string(&module, &info, &options, &msl::PipelineOptions::default()).unwrap();
+    assert_eq!(module.global_variables.iter().filter(|(_, v)| v.binding.is_some()).count(), bindings);
+    if source.contains("wgpu_cooperative_matrix") {
+        return;
+    }
     let options = hlsl::Options {
         shader_model: hlsl::ShaderModel::V6_0,
         fake_missing_bindings: true,
@@ -38,44 +44,58 @@ fn translates(source: &str, bindings: usize) {
     };
     let mut text = String::new();
     hlsl::Writer::new(&mut text, &options, &hlsl::PipelineOptions::default()).write(&module, &info, None).unwrap();
-    assert_eq!(module.global_variables.iter().filter(|(_, v)| v.binding.is_some()).count(), bindings);
 }
 
 #[test]
 fn every_variant_translates() {
-    let mut count = 0;
+    let (mut count, mut matrices) = (0, 0);
     for (variant, problem) in shader::variants() {
-        translates(&variant.partial(&problem), Variant::partial_bindings(&problem).len());
+        translates(&variant.partial(&problem), Variant::partial_bindings(&problem, variant.direct).len());
+        matrices += u32::from(matches!(variant.products, Products::Matrices(_)));
         if variant.tiles == 1 {
             translates(&variant.merge(&problem), Variant::merge_bindings(&problem).len());
         }
         count += 1;
     }
-    assert!(count > 300, "{count} variants");
+    assert!(count > 400 && matrices > 80, "{count} variants, {matrices} of matrices");
 }
 
 #[test]
 fn sequences_share_rounds_up_to_the_buffers_size() {
     let kind = AttentionKind::Gqa { query_heads: 4, kv_heads: 2, head_dim: 64, value_dim: 64 };
     let problem = AttentionProblem::new(kind, DType::F16);
-    let mut batch = BatchLayout::new(CHUNK, 64);
+    let variant = Variant { products: Products::Lanes(8), tiles: 1, head_dim: 64, direct: false };
+    let chunk = variant.chunk();
+    let mut batch = BatchLayout::new(chunk, 64);
     let pages: Vec<i32> = (0..8).collect();
     // 2, 0, 16 and 8 chunk states of a head and row.
-    for (queries, length) in [(2, CHUNK), (0, CHUNK), (2, 8 * CHUNK), (1, 7 * CHUNK + 1)] {
+    for (queries, length) in [(2, chunk), (0, chunk), (2, 8 * chunk), (1, 7 * chunk + 1)] {
         batch.push(queries, length, &pages);
     }
     let rounds = |most| {
-        let words = plan::words(&problem, &batch, 1, 4, most).unwrap();
+        let words = plan::words(&problem, &batch, variant, 1, most).unwrap();
         let (tiles, facts, rounds) = plan::rounds(&words, 2).unwrap();
         let rounds: Vec<_> = rounds.collect();
         assert_eq!((tiles, facts as usize), (1, plan::HEADER + rounds.len() * plan::ROUND));
         // Items follow one another, and name their sequence.
-        assert_eq!(rounds.iter().map(|round| round.items).sum::<u32>() * 3, words.len() as u32 - rounds[0].first_item);
+        assert_eq!(
+            rounds.iter().map(|round| round.items).sum::<u32>() * plan::ITEM as u32,
+            words.len() as u32 - rounds[0].first_item
+        );
         rounds.iter().map(|round| (round.items, round.first_row, round.rows, round.states)).collect::<Vec<_>>()
     };
     assert_eq!(rounds(1000), [(17, 0, 5, 104)]);
     assert_eq!(rounds(72), [(9, 0, 4, 72), (8, 4, 1, 32)]);
     assert_eq!(rounds(64), [(1, 0, 2, 8), (8, 2, 2, 64), (8, 4, 1, 32)]);
-    let error = plan::words(&problem, &batch, 1, 4, 63).unwrap_err().to_string();
+    let error = plan::words(&problem, &batch, variant, 1, 63).unwrap_err().to_string();
+    // A sequence of one chunk keeps no state where it is answered at once.
+    let direct = plan::words(&problem, &batch, Variant { direct: true, ..variant }, 1, 1000).unwrap();
+    let (_, _, rounds) = plan::rounds(&direct, 2).unwrap();
+    assert_eq!(rounds.map(|round| round.states).collect::<Vec<_>>(), [96]);
+    // Runs cover the same chunks: of the sequence of 8 chunks, items of 3, 3 and 2.
+    let runs = plan::words(&problem, &batch, variant, 3, 1000).unwrap();
+    let items: Vec<_> = runs[runs.len() - 7 * plan::ITEM..].chunks(plan::ITEM).collect();
+    assert_eq!(items[1..4], [[2, 0, 0, 3], [2, 0, 3, 6], [2, 0, 6, 8]]);
+    assert_eq!(items[6], [3, 0, 6, 8]);
     assert!(error.contains("sequence 2 with 2 query rows over 2048 keys has 64 partial states"), "{error}");
 }

@@ -74,6 +74,10 @@ fn random_problems() {
             ..Spec::new(small, DType::F32, &ragged)
         },
         Spec::new(gqa(9, 3, 64), DType::F16, &[(64, 530), (40, 2000)]),
+        Spec { kv_dtype: KvDType::Q8, alibi: true, ..Spec::new(small, DType::F16, &ragged) },
+        Spec { kv_dtype: KvDType::Q8, mask: Mask::Bidirectional, ..Spec::new(gqa(4, 1, 128), DType::F32, &ragged) },
+        Spec { kv_dtype: KvDType::F8E4M3, sinks: true, ..Spec::new(gqa(4, 4, 32), DType::F16, &ragged) },
+        Spec { kv_dtype: KvDType::F8E5M2, page_size: 5, ..Spec::new(gqa(8, 2, 96), DType::BF16, &ragged) },
     ];
     for (seed, spec) in specs.iter().enumerate() {
         let mut case = random::case(seed as u64, spec);
@@ -81,6 +85,36 @@ fn random_problems() {
         let outcome = case.run(&device, &SplitKv).unwrap();
         let comparison = Comparison::of(&case, &outcome).unwrap();
         assert!(comparison.within_tolerance, "{spec:?}: {comparison:?}");
+        assert_eq!(case.run(&device, &SplitKv).unwrap().out, outcome.out, "{spec:?}");
+    }
+}
+
+/// Halves take cooperative matrices where a device has them: every head dim, number of tiles and part of the mask there.
+#[test]
+fn cooperative_matrices() {
+    let Some(device) = gpu() else { return };
+    if !device.facts().has_cooperative_tile(16, DType::F16, DType::F32) {
+        eprintln!("skipped: '{}' has no cooperative matrices of 16 x 16 halves", device.facts().name);
+        return;
+    }
+    let ragged = [(1, 300), (0, 5), (20, 64), (0, 0), (3, 3), (1, 1100), (9, 513), (1, 512), (2, 1030), (64, 1700)];
+    let window = |left, right| Some(Window { left, right });
+    let mut specs = Vec::new();
+    for (head_dim, group) in [(32, 1), (64, 3), (96, 4), (128, 4), (192, 2), (256, 8)] {
+        let plain = Spec::new(gqa(2 * group, 2, head_dim), DType::F16, &ragged);
+        let rich = Spec { softcap: Some(5.0), alibi: true, sinks: true, page_size: 1, ..plain.clone() };
+        specs.push(plain.clone());
+        specs.push(Spec { mask: Mask::Tree, ..rich.clone() });
+        specs.push(Spec { window: window(Some(70), None), page_size: 48, ..rich });
+        specs.push(Spec { window: window(Some(700), Some(9)), mask: Mask::Bidirectional, page_size: 7, ..plain });
+    }
+    for (seed, spec) in specs.iter().enumerate() {
+        let mut case = random::case(100 + seed as u64, spec);
+        case.problem.phase = Phase::Verify;
+        let outcome = case.run(&device, &SplitKv).unwrap();
+        let comparison = Comparison::of(&case, &outcome).unwrap();
+        assert!(comparison.within_tolerance, "{spec:?}: {comparison:?}");
+        eprintln!("head_dim {}: {comparison:?}", spec.kind.query_dim());
         assert_eq!(case.run(&device, &SplitKv).unwrap().out, outcome.out, "{spec:?}");
     }
 }
@@ -106,8 +140,11 @@ fn a_verify_row_has_the_bits_of_its_decode_call() {
     let plain = Spec { page_size: 24, ..Spec::new(kind, DType::F16, &[(5, 7), (9, 517), (0, 3), (30, 1100)]) };
     let window = Some(Window { left: Some(200), right: None });
     let rich = Spec { window, softcap: Some(20.0), sinks: true, alibi: true, dtype: DType::F32, ..plain.clone() };
+    let halves = Spec { dtype: DType::F16, kv_dtype: KvDType::F16, ..rich.clone() };
+    let many = Spec::new(gqa(8, 2, 128), DType::F16, &[(40, 1600), (1, 700), (7, 512), (1, 3)]);
     let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
-    for (seed, spec) in [plain, rich].iter().enumerate() {
+    for (seed, spec) in [plain, rich, halves, many].iter().enumerate() {
+        let kind = spec.kind;
         let mut case = random::case(seed as u64, spec);
         case.problem.phase = Phase::Verify;
         let all = case.run(&device, &SplitKv).unwrap();
@@ -116,6 +153,9 @@ fn a_verify_row_has_the_bits_of_its_decode_call() {
         for sequence in [0, 1, 3] {
             let (start, queries) = case.batch.queries(sequence);
             for (first, count) in (0..queries).step_by(3).map(|first| (first, 1)).chain([(0, 2), (1, 4)]) {
+                if first + count > queries {
+                    continue;
+                }
                 let one = alone(&case, sequence, first, count).run(&device, &SplitKv).unwrap();
                 let place = (start + first) as usize;
                 let want = &all.out[place * row..][..count as usize * row];
@@ -127,6 +167,31 @@ fn a_verify_row_has_the_bits_of_its_decode_call() {
     }
 }
 
+/// Where there are very many items, one takes several chunks.
+#[test]
+fn a_row_has_the_bits_of_its_call_in_a_large_batch() {
+    let Some(device) = gpu() else { return };
+    for queries in [1, 5] {
+        let mut one = random::case(queries.into(), &Spec::new(gqa(8, 2, 64), DType::F16, &[(queries, 1700)]));
+        one.problem.phase = Phase::Verify;
+        let alone = one.run(&device, &SplitKv).unwrap();
+        assert!(Comparison::of(&one, &alone).unwrap().within_tolerance);
+        let mut many = one.clone();
+        // So many that items take runs of chunks, where they do at all.
+        let copies = if device.facts().cooperative_tiles.is_empty() { 30 } else { 700 };
+        many.batch = BatchLayout::new(one.batch.page_size, one.batch.pool_pages);
+        for _ in 0..copies {
+            many.batch.push(queries, 1700, &one.batch.page_table);
+        }
+        many.q = one.q.repeat(copies);
+        let all = many.run(&device, &SplitKv).unwrap();
+        let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
+        let want = bits(&alone.out);
+        assert_eq!(all.out.len(), alone.out.len() * copies);
+        assert!(all.out.chunks(want.len()).all(|out| bits(out) == want), "{queries} query rows");
+    }
+}
+
 #[test]
 fn is_registered_and_declines_what_it_does_not_serve() {
     let registry = Registry::global().unwrap();
@@ -134,10 +199,21 @@ fn is_registered_and_declines_what_it_does_not_serve() {
     let facts = DeviceFacts::gpu("any").with_subgroups(32, 32);
     let problem = AttentionProblem::new(gqa(9, 3, 64), DType::F16);
     assert_eq!(select(&problem, &facts, registry, &Policy::Auto).unwrap().backend.name(), "splitkv");
+    // Ahead of the registered priority where cooperative matrices serve, in each of its phases; for no other format.
+    let matrices = facts.clone().with_feature("shader-f16").with_cooperative_tile(16, DType::F16, DType::F32);
+    let entry = registry.backend("splitkv").unwrap();
+    for phase in [Phase::Decode, Phase::Verify, Phase::Draft] {
+        let mut halves = problem.clone();
+        halves.phase = phase;
+        assert_eq!(entry.priority_for(&halves, &matrices), 60, "{phase}");
+        assert_eq!(entry.priority_for(&halves, &facts), 40, "{phase}");
+    }
+    let floats = AttentionProblem::new(gqa(9, 3, 64), DType::F32);
+    assert_eq!(entry.priority_for(&floats, &matrices), 40);
     let mut other = AttentionProblem::new(gqa(9, 3, 40), DType::F16);
-    (other.kv_dtype, other.phase) = (KvDType::Q8, Phase::Prefill);
+    (other.prefix_spans, other.phase) = (true, Phase::Prefill);
     let reasons: Vec<_> = SplitKv.declines(&other, &facts).iter().map(ToString::to_string).collect();
-    assert_eq!(reasons, ["head_dim 40 not supported", "kv dtype q8 not supported", "phase prefill not supported"]);
+    assert_eq!(reasons, ["head_dim 40 not supported", "prefix spans not supported", "phase prefill not supported"]);
     assert!(SplitKv.declines(&problem, &DeviceFacts::gpu("any"))[0].to_string().starts_with("needs feature subgroups"));
     let odd = DeviceFacts::gpu("any").with_subgroups(8, 128);
     assert_eq!(SplitKv.declines(&problem, &odd)[0].to_string(), "subgroups of 8 to 128 not supported");
@@ -156,10 +232,22 @@ fn mistakes_are_typed_errors() {
     let mut batch = BatchLayout::new(16, 1);
     batch.push(1, 17, &[0]);
     assert!(matches!(kernel.plan(&batch), Err(BackendError::Batch(_))));
-    let mut huge = BatchLayout::new(1 << 28, 1);
-    huge.push(1 << 28, 1 << 28, &[0]);
+    let mut huge = BatchLayout::new(1 << 18, 1);
+    huge.push(1 << 18, 1 << 18, &[0]);
     let error = kernel.plan(&huge).unwrap_err().to_string();
     assert!(error.contains("work items"), "{error}");
+
+    // A page outside the pool, and a cache beyond what one binding holds.
+    let mut batch = BatchLayout::new(16, 4);
+    batch.push(1, 17, &[0, 4]);
+    let error = kernel.plan(&batch).unwrap_err().to_string();
+    assert!(error.contains('4'), "{error}");
+    let pages = device.facts().limits.binding_bytes / (16 * 2 * 64 * 4) + 1;
+    let mut batch = BatchLayout::new(16, pages as u32);
+    batch.push(1, 16, &[0]);
+    let error = kernel.plan(&batch).unwrap_err().to_string();
+    let bytes = (pages * 16 * 2 * 64 * 4).to_string();
+    assert!(error.contains(&bytes) && error.contains(&device.facts().limits.binding_bytes.to_string()), "{error}");
 
     let mut batch = BatchLayout::new(16, 1);
     batch.push(1, 16, &[0]);

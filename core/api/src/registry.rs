@@ -190,7 +190,8 @@ macro_rules! register_length_policy {
 pub struct RegisteredBackend {
     /// Where it comes from.
     pub origin: Origin,
-    /// Its priority.
+    /// Its priority, unless it names another for a problem
+    /// ([`AttentionBackend::priority`](crate::AttentionBackend::priority)).
     pub priority: i32,
     /// The descriptor.
     pub backend: Arc<dyn AttentionBackend>,
