@@ -428,9 +428,8 @@ fn table(answer: &Answer) -> String {
     let products: Vec<String> =
         ceilings.products().map(|(name, reached)| format!("{} in {name}", significant(reached))).collect();
     let mut text = format!(
-        "{} {}, pages of {}, {}\nceilings of this run: copy {} GB/s read and written, matrix product (TFLOP/s) {}\n",
-        answer.device,
-        answer.driver,
+        "{}, pages of {}, {}\nceilings of this run: copy {} GB/s read and written, matrix product (TFLOP/s) {}\n",
+        format!("{} {}", answer.device, answer.driver).trim_end(),
         answer.page_size,
         match ceilings.clock {
             crate::bench::Clock::GpuTimestamps => "GPU timestamps",
