@@ -34,7 +34,7 @@
 //! |---|---|
 //! | `cpu`, `plain`, `flash`, `splitkv` | the attention backend of this name |
 //! | `ngram`, `dflash` | the proposer of this name |
-//! | `program` | the `polyattn` program, also as a function of a library ([`program`]), [`models`] and [`bench`] |
+//! | `program` | the `polyattn` program, also as a function of a library ([`program`]), [`models`] and [`mod@bench`] |
 //!
 //! All are on by default. An engine that brings plugins of its own turns the default features off, names those it
 //! wants, and says `use my_backend as _;` for its own.
