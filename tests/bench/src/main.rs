@@ -205,7 +205,7 @@ fn hold(args: &Args) -> Result<bool, Error> {
 
 /// Whether every answer is right, and ours as much faster as is asked for.
 fn holds(answer: &Answer, wanted: Option<f64>) -> bool {
-    let mut holds = true;
+    let (mut holds, mut compared) = (true, 0);
     for shape in &answer.shapes {
         for row in &shape.rows {
             let ours = row.contestant.starts_with(own::NAME);
@@ -214,20 +214,22 @@ fn holds(answer: &Answer, wanted: Option<f64>) -> bool {
                 holds &= !ours;
             }
             let Some(wanted) = wanted else { continue };
-            // The slower of the two clocks' ratios, so that neither recording nor the GPU alone flatters.
+            // The smaller of the two clocks' ratios, so that neither recording nor the GPU alone flatters.
             let ratio = [row.ratio, row.wall_ratio].into_iter().flatten().reduce(f64::min);
             if row.contestant.starts_with("cubek")
                 && shape.phase != Phase::Prefill
                 && let Some(ratio) = ratio
-                && ratio < wanted
             {
-                eprintln!("{}: {ratio:.2} times as fast as {}, {wanted} are wanted", shape.shape, row.contestant);
-                holds = false;
+                compared += 1;
+                if ratio < wanted {
+                    eprintln!("{}: {ratio:.2} times as fast as {}, not {wanted}", shape.shape, row.contestant);
+                    holds = false;
+                }
             }
         }
     }
-    if wanted.is_some() && !answer.shapes.iter().any(|shape| shape.rows.iter().any(|row| row.ratio.is_some())) {
-        eprintln!("nothing was compared");
+    if wanted.is_some() && compared == 0 {
+        eprintln!("cubek-attention gave no answer to compare with");
         return false;
     }
     holds

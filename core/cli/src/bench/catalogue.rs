@@ -240,8 +240,7 @@ impl Shape {
         const MOST: u64 = 400_000_000;
         let software = device.is_cpu() || !device.hardware;
         (software && self.flops() > MOST).then(|| {
-            let (work, most) = (self.flops() as f64 / 1e9, MOST as f64 / 1e9);
-            format!("{work:.1} GFLOP, above {most:.1} a processor measures it only when named by --shape")
+            format!("above {:.1} GFLOP, which a processor measures only when named by --shape", MOST as f64 / 1e9)
         })
     }
 }

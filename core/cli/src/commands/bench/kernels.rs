@@ -24,7 +24,7 @@ const SELECTION_MARGIN: f64 = 1.10;
 /// so that each reads from memory. Times are medians by GPU timestamps, by the wall clock where a device has none. GB/s
 /// counts the visible keys and values once, the queries and the output; TFLOP/s counts the two products over what the
 /// mask lets through. The ceilings are measured in the same run: bytes read and written by a compute kernel that copies,
-/// and matrix products in f32 and f16. Some rows of every timed answer are compared with the f64 reference.
+/// and matrix products in f32, f16 and by cooperative matrices, of which the fastest counts. Some rows of every timed answer are compared with the f64 reference.
 #[derive(Clone, Debug, clap::Args)]
 #[command(after_help = "Examples:
   polyattn bench kernels
@@ -425,19 +425,18 @@ fn list(shapes: &[About]) -> String {
 
 fn table(answer: &Answer) -> String {
     let ceilings = &answer.ceilings;
-    let half = ceilings.product_f16_teraflops.map_or(String::new(), |half| format!(", {} in f16", significant(half)));
+    let products: Vec<String> =
+        ceilings.products().map(|(name, reached)| format!("{} in {name}", significant(reached))).collect();
     let mut text = format!(
-        "{} {}, pages of {}, {}\nceilings of this run: copy {} GB/s read and written, matrix product {} TFLOP/s \
-         in f32{half}\n",
-        answer.device,
-        answer.driver,
+        "{}, pages of {}, {}\nceilings of this run: copy {} GB/s read and written, matrix product (TFLOP/s) {}\n",
+        format!("{} {}", answer.device, answer.driver).trim_end(),
         answer.page_size,
         match ceilings.clock {
             crate::bench::Clock::GpuTimestamps => "GPU timestamps",
             crate::bench::Clock::WallClock => "wall clock",
         },
         significant(ceilings.copy_gigabytes_per_second),
-        significant(ceilings.product_f32_teraflops),
+        products.join(", "),
     );
     let mut table =
         output::table(&["shape", "backend", "µs", "GB/s", "of copy", "TFLOP/s", "of product", "÷ decode", "error"]);
@@ -464,8 +463,15 @@ fn table(answer: &Answer) -> String {
     if answer.shapes.iter().any(|shape| shape.selected.is_some()) {
         text += "\n← selected";
     }
-    for skipped in &answer.skipped {
-        text += &format!("\nskipped {}: {}", skipped.shape, skipped.reason);
+    let mut skipped: Vec<(&str, Vec<&str>)> = Vec::new();
+    for one in &answer.skipped {
+        match skipped.iter_mut().find(|(reason, _)| *reason == one.reason) {
+            Some((_, shapes)) => shapes.push(&one.shape),
+            None => skipped.push((&one.reason, vec![&one.shape])),
+        }
+    }
+    for (reason, shapes) in skipped {
+        text += &format!("\nskipped, {reason}: {}", shapes.join(", "));
     }
     text
 }

@@ -55,8 +55,7 @@ pub(super) fn roofline(answer: &Answer) -> String {
         })
         .collect();
     let bandwidth = answer.ceilings.copy_gigabytes_per_second / 1e3;
-    let mut peaks = vec![("f32 product", answer.ceilings.product_f32_teraflops)];
-    peaks.extend(answer.ceilings.product_f16_teraflops.map(|peak| ("f16 product", peak)));
+    let peaks: Vec<(&str, f64)> = answer.ceilings.products().collect();
     let highest = answer.ceilings.product_teraflops();
 
     let ridge = highest / bandwidth;
