@@ -133,12 +133,12 @@ impl BatchLayout {
         if self.page_size == 0 || problem.page_size.is_some_and(|size| size != self.page_size) {
             return fail(format!("page size {} where the problem has {:?}", self.page_size, problem.page_size));
         }
-        if self.page_table.len() != batch * self.max_pages {
+        if Some(self.page_table.len()) != batch.checked_mul(self.max_pages) {
             return fail(format!(
                 "page_table has {} entries, {batch} sequences of {} pages need {}",
                 self.page_table.len(),
                 self.max_pages,
-                batch * self.max_pages
+                batch.saturating_mul(self.max_pages)
             ));
         }
         for sequence in 0..batch {
@@ -241,13 +241,14 @@ mod tests {
     #[test]
     fn names_what_is_wrong() {
         type Break = fn(&mut BatchLayout);
-        let cases: [(Break, &str); 8] = [
+        let cases: [(Break, &str); 9] = [
             (|l| l.page_table[0] = 8, "page_table[0][0] is 8, the cache has 8 pages"),
             (|l| l.page_table[1] = -1, "page_table[0][1] is -1"),
             (|l| l.kv_len[0] = 1, "sequence 0 has 2 query rows but kv_len 1"),
             (|l| l.kv_len[2] = 13, "that is 4 pages, page_table has 3"),
             (|l| l.query_start[1] = 4, "query_start falls"),
             (|l| l.page_size = 16, "page size 16"),
+            (|l| l.max_pages = usize::MAX, "page_table has 9 entries, 3 sequences of"),
             (|l| l.causal = Some(vec![true; 3]), "no per-sequence causality"),
             (|l| l.query_start.push(9), "query_start has 5 entries"),
         ];
