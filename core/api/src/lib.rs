@@ -24,8 +24,8 @@ mod draft;
 mod guard;
 mod layout;
 mod length;
-mod moe;
 mod merge;
+mod moe;
 mod narrow;
 mod plan;
 mod problem;
@@ -55,8 +55,8 @@ pub use decline::Decline;
 pub use draft::{Candidate, Distribution, Draft, Marginals};
 pub use layout::{LayoutError, Reader};
 pub use length::{Adaptive, Fixed, LengthPolicy, LengthWish, PerBatchSize, SequenceObserved, StepObserved};
-pub use moe::{MoeBackend, MoeIo, MoeKernel, MoeProblem, MoeSelectionError, ResolvedMoe, select_moe};
 pub use merge::{AttentionState, MergeStates, merge_states};
+pub use moe::{MoeBackend, MoeIo, MoeKernel, MoeProblem, MoeSelectionError, ResolvedMoe, select_moe};
 pub use plan::{BATCH_WGSL, Plan, PlanPool};
 pub use polyattn_device::{
     self as device, Buffer, BufferSlice, Commands, DType, Device, DeviceError, DeviceFacts, DeviceKind,

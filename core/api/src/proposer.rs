@@ -36,6 +36,8 @@ pub struct ProposerRequirements {
     pub tree_attention: bool,
     /// Nothing: it says that it drafts trees where they are asked for. Others answer with chains.
     pub drafts_trees: bool,
+    /// Nothing: it says that it remembers requests that ended, and drafts differently after them.
+    pub remembers_requests: bool,
 }
 
 impl ProposerRequirements {
@@ -53,6 +55,7 @@ impl ProposerRequirements {
             in_target_checkpoint: false,
             tree_attention: false,
             drafts_trees: false,
+            remembers_requests: false,
         }
     }
 
@@ -116,6 +119,13 @@ impl ProposerRequirements {
     #[must_use]
     pub const fn drafts_trees(mut self) -> Self {
         self.drafts_trees = true;
+        self
+    }
+
+    /// Remembers requests that ended.
+    #[must_use]
+    pub const fn remembers_requests(mut self) -> Self {
+        self.remembers_requests = true;
         self
     }
 }

@@ -77,14 +77,14 @@ pub use polyattn_engine as engine;
 pub use polyattn_flash as flash;
 #[cfg(feature = "medusa")]
 pub use polyattn_medusa as medusa;
-#[cfg(feature = "mtp")]
-pub use polyattn_mtp as mtp;
+#[cfg(feature = "mla")]
+pub use polyattn_mla as mla;
 #[cfg(feature = "moe-dense")]
 pub use polyattn_moe_dense as moe_dense;
 #[cfg(feature = "moe-grouped")]
 pub use polyattn_moe_grouped as moe_grouped;
-#[cfg(feature = "mla")]
-pub use polyattn_mla as mla;
+#[cfg(feature = "mtp")]
+pub use polyattn_mtp as mtp;
 #[cfg(feature = "ngram")]
 pub use polyattn_ngram as ngram;
 pub use polyattn_nn as nn;

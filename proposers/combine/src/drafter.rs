@@ -78,8 +78,13 @@ impl Drafter for CombinedDrafter {
     }
 
     fn propose(&mut self, context: &mut ProposeContext<'_>) -> Result<Proposal, ProposerError> {
-        let found = self.look_up.propose(context)?;
-        let mut drafts = to_host(found, context.commands, context.sequences, context.tree)?;
+        // A look-up may find more than the model can draft, which is what the engine has room for.
+        let most = self.max_tokens();
+        let mut narrow = context.sequences.to_vec();
+        narrow.iter_mut().for_each(|one| one.width = one.width.min(most));
+        let mut look_up = ProposeContext::new(context.commands, &narrow, context.target).with_tree(context.tree);
+        let found = self.look_up.propose(&mut look_up)?;
+        let mut drafts = to_host(found, context.commands, &narrow, context.tree)?;
         drafts.resize(context.sequences.len(), Draft::default());
         let mut left: Vec<DraftSequence<'_>> = Vec::new();
         let mut places: Vec<usize> = Vec::new();

@@ -14,7 +14,7 @@
 
 mod drafter;
 
-use std::path::Path;
+use std::{path::Path, sync::LazyLock};
 
 use polyattn_api::{
     Drafter, EngineConfig, LoadContext, ModelConfig, Proposer, ProposerError, ProposerRequirements, TargetFacts,
@@ -59,7 +59,8 @@ impl Proposer for Combine {
     }
 
     fn requirements(&self) -> &ProposerRequirements {
-        DFlash.requirements()
+        static NEEDS: LazyLock<ProposerRequirements> = LazyLock::new(|| DFlash.requirements().remembers_requests());
+        &NEEDS
     }
 
     fn draft_config(&self, target: &EngineConfig) -> EngineConfig {

@@ -3,7 +3,7 @@
 use std::collections::{HashMap, VecDeque};
 
 /// An occurrence: a text, and the place behind its last token there.
-pub type Occurrence = (u64, u32);
+pub(crate) type Occurrence = (u64, u32);
 
 /// Texts, and where each token stands in them.
 #[derive(Debug, Default)]

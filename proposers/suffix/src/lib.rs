@@ -45,7 +45,7 @@ impl Proposer for Suffix {
     }
 
     fn requirements(&self) -> &ProposerRequirements {
-        const NEEDS: ProposerRequirements = ProposerRequirements::none().drafts_trees();
+        const NEEDS: ProposerRequirements = ProposerRequirements::none().drafts_trees().remembers_requests();
         &NEEDS
     }
 

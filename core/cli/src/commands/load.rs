@@ -74,7 +74,7 @@ impl Model {
         let (method, model) = match (&choice.proposer, &choice.draft_model) {
             (ProposerChoice::None, _) => return Ok(None),
             (ProposerChoice::Named(name), Some(model)) => (name.clone(), Some(model.clone())),
-            (ProposerChoice::Named(name), None) if name == "dflash" => (name.clone(), drafter()),
+            (ProposerChoice::Named(name), None) if matches!(&**name, "dflash" | "combine") => (name.clone(), drafter()),
             (ProposerChoice::Named(name), None) => (name.clone(), None),
             (ProposerChoice::Unset, Some(model)) => ("dflash".into(), Some(model.clone())),
             (ProposerChoice::Unset, None) => match drafter() {
@@ -101,6 +101,7 @@ impl Model {
         }
         Ok(Some(SpeculativeOptions {
             method,
+            parameters: choice.parameters.clone(),
             attention_backend: choice.attention_backend.clone(),
             moe_backend: choice.moe_backend.clone(),
             num_speculative_tokens: choice.num_speculative_tokens,

@@ -88,14 +88,18 @@ pub(crate) struct SpeculativeArgs {
     #[arg(long, value_name = "DIR|FILE")]
     draft_model: Vec<String>,
 
-    /// An object with method, attention_backend, moe_backend, num_speculative_tokens, model, tree, tree_nodes,
-    /// acceptance and length; each may also be given by itself.
+    /// An object with method, parameters, attention_backend, moe_backend, num_speculative_tokens, model, tree,
+    /// tree_nodes, acceptance and length; each may also be given by itself.
     #[arg(long, value_name = "JSON")]
     speculative_config: Vec<String>,
 
     /// The proposer, as --proposer.
     #[arg(long = "speculative-config.method", value_name = "NAME")]
     draft_method: Vec<String>,
+
+    /// The proposer's own parameters, an object that it reads.
+    #[arg(long = "speculative-config.parameters", value_name = "JSON")]
+    draft_parameters: Vec<String>,
 
     /// The draft's attention backend; automatically selected when unset, whatever the target's is.
     #[arg(long = "speculative-config.attention_backend", value_name = "NAME")]
@@ -136,6 +140,7 @@ pub(crate) struct SpeculativeArgs {
 #[serde(default, deny_unknown_fields)]
 struct SpeculativeObject {
     method: Option<String>,
+    parameters: Option<serde_json::Map<String, serde_json::Value>>,
     attention_backend: Option<String>,
     moe_backend: Option<String>,
     num_speculative_tokens: Option<u32>,
@@ -184,6 +189,8 @@ impl fmt::Display for ProposerChoice {
 pub(crate) struct SpeculativeChoice {
     /// The proposer.
     pub(crate) proposer: ProposerChoice,
+    /// The proposer's own parameters.
+    pub(crate) parameters: Option<serde_json::Value>,
     /// The draft model; the known drafter of a known model when unset.
     pub(crate) draft_model: Option<PathBuf>,
     /// The draft's attention backend; automatically selected when unset.
@@ -217,6 +224,7 @@ impl SpeculativeArgs {
     /// An object that cannot be read, a value out of range, or the same thing said twice with different values.
     pub(crate) fn merge(&self) -> Result<SpeculativeChoice, Failure> {
         let mut proposer = Once::default();
+        let mut parameters = Once::default();
         let mut draft_model = Once::default();
         let mut attention_backend = Once::default();
         let mut moe_backend = Once::default();
@@ -234,6 +242,7 @@ impl SpeculativeArgs {
             let object: SpeculativeObject = object("--speculative-config", text)?;
             let option = |field: &str| format!("--speculative-config {field}");
             proposer.say(&option("method"), object.method.as_deref().and_then(ProposerChoice::parse))?;
+            parameters.say(&option("parameters"), object.parameters.map(serde_json::Value::Object))?;
             attention_backend
                 .say(&option("attention_backend"), object.attention_backend.as_deref().and_then(BackendName::parse))?;
             moe_backend.say(&option("moe_backend"), object.moe_backend.as_deref().and_then(MoeName::parse))?;
@@ -248,6 +257,10 @@ impl SpeculativeArgs {
         let option = |field: &str| format!("--speculative-config.{field}");
         for text in &self.draft_method {
             proposer.say(&option("method"), ProposerChoice::parse(text))?;
+        }
+        for text in &self.draft_parameters {
+            let value = object(&option("parameters"), text)?;
+            parameters.say(&option("parameters"), Some(serde_json::Value::Object(value)))?;
         }
         for text in &self.draft_attention_backend {
             attention_backend.say(&option("attention_backend"), BackendName::parse(text))?;
@@ -280,6 +293,7 @@ impl SpeculativeArgs {
         }
         Ok(SpeculativeChoice {
             proposer: proposer.value().unwrap_or_default(),
+            parameters: parameters.value(),
             draft_model: draft_model.value().map(|model: Model| model.0),
             attention_backend: attention_backend.value(),
             moe_backend: moe_backend.value().map(|name: MoeName| name.0),

@@ -240,7 +240,7 @@ fn more_tokens_than_the_context_holds_end_with_it() {
 fn names_that_nobody_has_are_answered_with_those_there_are() {
     let model = family("llama");
     for (args, wanted) in [
-        (["--proposer", "crystal-ball"], "unknown proposer 'crystal-ball'; registered are: dflash, "),
+        (["--proposer", "crystal-ball"], "unknown proposer 'crystal-ball'; registered are: combine, dflash, "),
         (
             ["--attention-backend", "abacus"],
             "unknown attention backend 'abacus'; registered are: cpu, flash, mla, plain, splitkv",
@@ -371,7 +371,11 @@ fn strategies_are_named_and_told() {
     assert!(synthetic.stderr.contains("lossy"), "{}", synthetic.stderr);
 
     for (option, value, wanted) in [
-        ("tree", "oak", "speculative.tree: unknown tree builder 'oak'; registered are: best-first, chain, static, top-k"),
+        (
+            "tree",
+            "oak",
+            "speculative.tree: unknown tree builder 'oak'; registered are: best-first, chain, static, top-k",
+        ),
         ("acceptance", "never", "speculative.acceptance: unknown acceptance rule 'never'"),
         ("length", "long", "speculative.length: unknown length policy 'long'; registered are: adaptive, fixed,"),
         ("length", r#"{"name":"fixed","parameters":{"token":3}}"#, "unknown field `token`"),

@@ -153,7 +153,10 @@ fn what_cannot_be_served_says_why() {
     let error = with(|config| config["attention"]["backend"] = json!("flush"));
     assert!(error.contains("attention.backend: unknown attention backend 'flush'; registered are: cpu, "), "{error}");
     let error = with(|config| config["speculative"]["method"] = json!("eagle9"));
-    assert!(error.contains("speculative.method: unknown proposer 'eagle9'; registered are: dflash, "), "{error}");
+    assert!(
+        error.contains("speculative.method: unknown proposer 'eagle9'; registered are: combine, dflash, "),
+        "{error}"
+    );
     let error = with(|config| config["speculative"]["draft"] = Value::Null);
     assert!(error.contains("speculative.draft: missing"), "{error}");
     let error = with(|config| config["target"]["layers"][0]["kv_heads"] = json!(3));

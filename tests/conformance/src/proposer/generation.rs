@@ -154,19 +154,25 @@ pub(super) fn a_text_ends_where_it_must(bench: &Bench) -> Result<(), Failure> {
     Ok(())
 }
 
-/// A request leaves nothing behind: repeated, it has the same tokens and the same drafts.
+/// A request leaves nothing behind: repeated, it has the same tokens and the same drafts, unless the proposer says that it
+/// remembers requests; then the same tokens.
 pub(super) fn requests_leave_no_trace(bench: &Bench) -> Result<(), Failure> {
     let ground = bench.known_ground()?;
     let mut engine = ground.engine(true, CONTEXT)?;
+    let remembers = bench.proposer.proposer.requirements().remembers_requests;
     let mut first = Vec::new();
     for round in 0..3 {
         for (number, prompt) in ground.prompts.iter().enumerate() {
             let what = format!("prompt {number}, round {round}");
             let got = run(&mut engine, &greedy(prompt, TOKENS), &what)?;
-            let got = (got.tokens, got.acceptance.map(|acceptance| (acceptance.drafted, acceptance.accepted)));
+            let drafts = got.acceptance.filter(|_| !remembers);
+            let got = (got.tokens, drafts.map(|acceptance| (acceptance.drafted, acceptance.accepted)));
             match first.get(number) {
                 None => first.push(got),
                 Some(before) if *before == got => {}
+                Some(before) if before.0 != got.0 => {
+                    return Err(Failure::new(format!("{what}: {:?} instead of {:?}", got.0, before.0)));
+                }
                 Some(before) => {
                     return Err(Failure::new(format!(
                         "{what}: {:?} (drafted, accepted) instead of {:?} in the first round",
