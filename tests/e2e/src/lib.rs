@@ -9,7 +9,11 @@ use std::{
 
 use polyattn_api::{Registry, TargetFacts};
 use polyattn_device::{Device, DeviceChoice};
+use polyattn_dflash::tiny as dflash;
+use polyattn_eagle::tiny as eagle;
 use polyattn_engine::{Engine, EngineOptions, Generation, Request};
+use polyattn_medusa::tiny as medusa;
+use polyattn_mtp::{Form, tiny as mtp};
 use polyattn_nn::load::ModelSource;
 // Registers every plugin.
 use polyattn as _;
@@ -47,16 +51,29 @@ pub struct Drafted {
 pub type WriteTiny = fn(&Path, &Path) -> io::Result<Drafted>;
 
 /// The proposers that need a checkpoint, each with who writes a tiny random one in its own format.
-pub const TINY_DRAFTERS: &[(&str, WriteTiny)] = &[("dflash", |target, folder| {
-    polyattn_dflash::tiny::write_random(&facts(target), folder, false)?;
+pub const TINY_DRAFTERS: &[(&str, WriteTiny)] = &[
+    ("combine", |target, folder| random(target, folder, |target, folder| dflash::write_random(target, folder, false))),
+    ("dflash", |target, folder| random(target, folder, |target, folder| dflash::write_random(target, folder, false))),
+    // A model that drafts for itself.
+    ("draft-model", |target, _| Ok(Drafted { target: None, checkpoint: Some(target.to_owned()) })),
+    ("eagle", |target, folder| random(target, folder, eagle::write_random)),
+    ("eagle3", |target, folder| random(target, folder, eagle::write_random3)),
+    ("medusa", |target, folder| random(target, folder, medusa::write_random)),
+    ("mtp", |target, folder| {
+        random(target, folder, |target, folder| mtp::write_random(target, folder, Form::DeepSeek))
+    }),
+];
+
+fn random(target: &Path, folder: &Path, write: impl Fn(&TargetFacts, &Path) -> io::Result<()>) -> io::Result<Drafted> {
+    write(&facts(target), folder)?;
     Ok(Drafted { target: None, checkpoint: Some(folder.to_owned()) })
-})];
+}
 
 /// What a proposer knows of the target at a path.
 #[must_use]
 pub fn facts(target: &Path) -> TargetFacts {
     let model = ModelSource::open(target).unwrap().config;
-    TargetFacts::new(model.layers, model.hidden_size, model.vocab_size, model.context_length)
+    TargetFacts::new(model.layers, model.hidden_size, model.vocab_size, model.context_length).loaded_from(target)
 }
 
 /// SmolLM2-135M-Instruct, if it was fetched; says how to fetch it where it was not.

@@ -141,7 +141,7 @@ fn what_does_not_fit_is_refused() {
     let error = load(&source, speculative("dflash", None));
     assert!(error.contains("needs a draft model"), "{error}");
     let error = load(&source, speculative("clairvoyance", None));
-    assert!(error.contains("clairvoyance") && error.contains("registered are: dflash, "), "{error}");
+    assert!(error.contains("clairvoyance") && error.contains("registered are: combine, dflash, "), "{error}");
     let mut wide = speculative("dflash", Some(model.clone()));
     wide.num_speculative_tokens = Some(8);
     let error = load(&source, wide);
