@@ -69,7 +69,7 @@ impl AttentionBackend for SplitKv {
     }
 
     /// With cooperative matrices it is faster than `flash` for every number of rows and keys that was measured; without,
-    /// it is behind for verification at long contexts and below about a thousand keys (see `examples/latency.rs`). One
+    /// it is behind for verification at long contexts and below about a thousand keys (`polyattn bench kernels`). One
     /// answer for decode, verify and draft: a verified row keeps the bits of its decode call.
     fn priority(&self, problem: &AttentionProblem, device: &DeviceFacts, registered: i32) -> i32 {
         if shader::takes_matrices(problem, device) { registered + 20 } else { registered }
