@@ -68,13 +68,6 @@ impl AttentionBackend for SplitKv {
         reasons
     }
 
-    /// With cooperative matrices it is faster than `flash` for every number of rows and keys that was measured; without,
-    /// it is behind for verification at long contexts and below about a thousand keys (`polyattn bench kernels`). One
-    /// answer for decode, verify and draft: a verified row keeps the bits of its decode call.
-    fn priority(&self, problem: &AttentionProblem, device: &DeviceFacts, registered: i32) -> i32 {
-        if shader::takes_matrices(problem, device) { registered + 20 } else { registered }
-    }
-
     fn prepare(&self, device: &Device, problem: &AttentionProblem) -> Result<Arc<dyn AttentionKernel>, BackendError> {
         let declines = self.declines(problem, device.facts());
         if !declines.is_empty() {
@@ -84,5 +77,7 @@ impl AttentionBackend for SplitKv {
     }
 }
 
-// Below `flash`, which it passes where cooperative matrices serve.
-register_backend!(SplitKv, priority = 40);
+// Above `flash`: as fast or faster for decoding throughout, many times so for few long sequences, and for verification
+// with cooperative matrices. Without them it is behind in verifying many rows of many sequences (`polyattn bench
+// kernels`); but choosing one for decode and the other for verify would cost a verified row the bits of its decode call.
+register_backend!(SplitKv, priority = 60);

@@ -80,11 +80,6 @@ impl Products {
     }
 }
 
-/// Whether cooperative matrices serve a problem on a device.
-pub(crate) fn takes_matrices(problem: &AttentionProblem, facts: &DeviceFacts) -> bool {
-    matches!(Products::choose(problem, facts), Products::Matrices(_))
-}
-
 /// What is chosen for a device, apart from what the problem says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Variant {

@@ -195,21 +195,10 @@ fn a_row_has_the_bits_of_its_call_in_a_large_batch() {
 #[test]
 fn is_registered_and_declines_what_it_does_not_serve() {
     let registry = Registry::global().unwrap();
-    assert_eq!(registry.backend("SplitKV").unwrap().priority, 40);
+    assert_eq!(registry.backend("SplitKV").unwrap().priority, 60);
     let facts = DeviceFacts::gpu("any").with_subgroups(32, 32);
     let problem = AttentionProblem::new(gqa(9, 3, 64), DType::F16);
     assert_eq!(select(&problem, &facts, registry, &Policy::Auto).unwrap().backend.name(), "splitkv");
-    // Ahead of the registered priority where cooperative matrices serve, in each of its phases; for no other format.
-    let matrices = facts.clone().with_feature("shader-f16").with_cooperative_tile(16, DType::F16, DType::F32);
-    let entry = registry.backend("splitkv").unwrap();
-    for phase in [Phase::Decode, Phase::Verify, Phase::Draft] {
-        let mut halves = problem.clone();
-        halves.phase = phase;
-        assert_eq!(entry.priority_for(&halves, &matrices), 60, "{phase}");
-        assert_eq!(entry.priority_for(&halves, &facts), 40, "{phase}");
-    }
-    let floats = AttentionProblem::new(gqa(9, 3, 64), DType::F32);
-    assert_eq!(entry.priority_for(&floats, &matrices), 40);
     let mut other = AttentionProblem::new(gqa(9, 3, 40), DType::F16);
     (other.prefix_spans, other.phase) = (true, Phase::Prefill);
     let reasons: Vec<_> = SplitKv.declines(&other, &facts).iter().map(ToString::to_string).collect();

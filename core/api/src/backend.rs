@@ -26,13 +26,6 @@ pub trait AttentionBackend: Debug + Send + Sync {
         self.capabilities().declines(problem, device)
     }
 
-    /// Its priority for `problem` on `device`, where it is not always the one it is `registered` with: automatic
-    /// selection takes the highest among those that can serve. Override it where the backend is the faster one for some
-    /// problems alone.
-    fn priority(&self, _problem: &AttentionProblem, _device: &DeviceFacts, registered: i32) -> i32 {
-        registered
-    }
-
     /// Compiles what `problem` needs. Slow; called once for each layer kind and phase.
     ///
     /// # Errors

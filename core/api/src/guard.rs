@@ -33,12 +33,6 @@ impl RegisteredBackend {
             .unwrap_or_else(|message| vec![Decline::Panicked(message.into())])
     }
 
-    /// [`AttentionBackend::priority`](crate::AttentionBackend::priority); the registered one if it panics.
-    #[must_use]
-    pub fn priority_for(&self, problem: &AttentionProblem, device: &DeviceFacts) -> i32 {
-        contained(|| self.backend.priority(problem, device, self.priority)).unwrap_or(self.priority)
-    }
-
     /// [`AttentionBackend::prepare`](crate::AttentionBackend::prepare), and a kernel whose faults carry the backend's
     /// name: a panic, a plan of another batch, a problem that was not declined and is refused all the same.
     ///

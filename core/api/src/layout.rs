@@ -121,7 +121,7 @@ struct Cost {
 
 impl Cost {
     fn add(&mut self, selection: &Selection, policy: &Policy, layout: KvLayout, wish: Option<Wish>) {
-        // The declined are in the order of selection, and the one that was taken is not among them.
+        // The declined are in the registry's order, and the one that was taken is not among them.
         self.lost += selection
             .declined
             .iter()

@@ -190,8 +190,7 @@ macro_rules! register_length_policy {
 pub struct RegisteredBackend {
     /// Where it comes from.
     pub origin: Origin,
-    /// Its priority, unless it names another for a problem
-    /// ([`AttentionBackend::priority`](crate::AttentionBackend::priority)).
+    /// Its priority.
     pub priority: i32,
     /// The descriptor.
     pub backend: Arc<dyn AttentionBackend>,

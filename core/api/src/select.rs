@@ -42,9 +42,9 @@ pub struct Declined {
 pub struct Selection {
     /// The backend that serves.
     pub backend: RegisteredBackend,
-    /// All others, by their priority for the problem and then in the registry's order.
+    /// All others, in the registry's order.
     pub declined: Vec<Declined>,
-    /// Its place in that order.
+    /// Its place in the registry's order.
     pub(crate) rank: usize,
 }
 
@@ -97,9 +97,7 @@ pub fn select(
     registry: &Registry,
     policy: &Policy,
 ) -> Result<Selection, SelectionError> {
-    let registered = registry.backends();
-    let mut backends: Vec<_> = registered.iter().collect();
-    backends.sort_by_cached_key(|entry| std::cmp::Reverse(entry.priority_for(problem, device)));
+    let backends = registry.backends();
     let named = match policy {
         Policy::Auto => None,
         Policy::Prefer(name) | Policy::Require(name) => {

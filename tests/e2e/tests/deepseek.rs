@@ -123,12 +123,13 @@ fn a_drafter_of_another_attention_changes_no_token() {
                     assert!(acceptance.drafted > 0, "{name}: nothing was drafted");
 
                     // Target and draft ran on backends that serve their attention, each its own.
-                    let (target, draft) = if device.is_cpu() { ("cpu", "cpu") } else { ("mla", "flash") };
+                    let (target, drafts): (_, &[&str]) =
+                        if device.is_cpu() { ("cpu", &["cpu"]) } else { ("mla", &["splitkv", "flash"]) };
                     let ran = serde_json::to_value(&got.backends).unwrap();
                     assert_eq!(ran["target"]["prefill"], target, "{name}");
                     assert_eq!(ran["target"]["verify"], target, "{name}");
-                    let draft = if method == "dflash" { Value::from(draft) } else { Value::Null };
-                    assert_eq!(ran["draft"]["draft"], draft, "{name}");
+                    let draft = ran["draft"]["draft"].as_str();
+                    assert!(draft.map_or(method != "dflash", |draft| drafts.contains(&draft)), "{name}: {ran}");
                     let served: Vec<_> = engine.resolution().moe.iter().map(|moe| moe.backend.name()).collect();
                     assert_eq!(served, if experts { vec![*moe] } else { vec![] }, "{name}");
                 }

@@ -98,24 +98,13 @@ fn a_draft_runs_on_a_backend_of_its_own() {
         asked.attention.backend = BackendName::parse("PLAIN").into();
         let mut mixed = engine(&source, &device, &asked);
         let got = greedy(&mut mixed, &PROMPT, 12);
-        assert_eq!(
-            serde_json::to_value(&got.backends).unwrap(),
-            serde_json::json!({
-                "target": {"prefill": "plain", "decode": "plain", "verify": "plain"},
-                "draft": {"draft": "flash"}
-            })
-            .as_object()
-            .map(|all| {
-                let mut all = all.clone();
-                // Every step drafted, so no pass had a single row, unless the last one did.
-                if !got.backends.target.0.contains_key("decode") {
-                    all["target"].as_object_mut().unwrap().remove("decode");
-                }
-                Value::Object(all)
-            })
-            .unwrap()
-        );
-        assert!(got.calls["plain"] > 0 && got.calls["flash"] > 0);
+        let ran = serde_json::to_value(&got.backends).unwrap();
+        // Whether a pass had a single row, and was a decode, depends on what was accepted.
+        let target = ran["target"].as_object().unwrap();
+        assert!(target["prefill"] == "plain" && target.values().all(|name| name == "plain"), "{ran}");
+        let draft = ran["draft"]["draft"].as_str().unwrap();
+        assert!(["splitkv", "flash"].contains(&draft), "never the target's: {ran}");
+        assert!(got.calls["plain"] > 0 && got.calls[draft] > 0);
 
         let mut causal = speculative("dflash", Some(model.clone()));
         causal.attention_backend = BackendName::parse("plain");
