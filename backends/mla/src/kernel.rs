@@ -172,7 +172,7 @@ impl AttentionKernel for Kernel {
             states: ROUND_BYTES.min(binding) / self.state_bytes(),
             most_states: binding / self.state_bytes(),
         };
-        let words = plan::words(&self.problem, batch, cut)?;
+        let words = plan::words(self.plans.words(), &self.problem, batch, cut)?;
         Plan::new(&self.device, &self.plans, &self.problem, batch, words)
     }
 
@@ -181,7 +181,7 @@ impl AttentionKernel for Kernel {
         io.validate(problem, plan.batch())?;
         let foreign = || BackendError::Batch("the plan was made by another kernel".into());
         let heads = problem.kind.query_heads();
-        let (rows, facts, rounds) = plan::rounds(plan.extra(), heads).ok_or_else(foreign)?;
+        let (rows, rounds) = plan::rounds(plan.extra(), heads).ok_or_else(foreign)?;
         let partial = self.pipeline(rows)?.ok_or_else(foreign)?;
         let index = plan.index(commands)?;
         let side = |side: Option<u32>| side.unwrap_or(u32::MAX);
@@ -196,7 +196,7 @@ impl AttentionKernel for Kernel {
                 heads,
                 items: round.items,
                 first: round.first_item,
-                facts,
+                facts: plan::HEADER as u32,
                 end: round.first_row + round.rows,
                 states: round.states,
             };
@@ -216,7 +216,7 @@ impl AttentionKernel for Kernel {
                 heads,
                 first: round.first_row,
                 rows: round.rows,
-                facts,
+                facts: plan::HEADER as u32,
                 states: round.states,
             };
             let optional = [io.lse.filter(|_| problem.lse), io.sinks.filter(|_| problem.sinks)];

@@ -5,17 +5,21 @@ use polyattn_api::{AttentionProblem, BackendError, BatchLayout, Mask};
 /// Begins the words of a plan, so that a plan of another backend is not taken for one of these.
 pub(crate) const TAG: u32 = 0x6d6c_6174;
 
-/// Words of the header: tag, rows of an item, heads, number of rounds.
+/// Words of the header: tag, rows of an item, heads, query rows. Three facts of each query row follow (first state, first
+/// chunk, chunk behind the last), then the rounds, each before its items.
 pub(crate) const HEADER: usize = 4;
 
-/// Words of a round: first item, items, first query row, query rows, states.
-pub(crate) const ROUND: usize = 5;
+/// Words of a round: items, first query row, query rows, states.
+pub(crate) const ROUND: usize = 4;
+
+/// Words of a work item: sequence, first row, chunk.
+pub(crate) const ITEM: usize = 3;
 
 /// Work items that a plan may have.
 const MOST_ITEMS: u64 = 1 << 22;
 
 /// Query rows that are answered together: as many as fit the buffer of states, which the next round uses again.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Round {
     /// Place of the first item among the words.
     pub(crate) first_item: u32,
@@ -38,9 +42,13 @@ pub(crate) struct Cut {
     pub(crate) most_states: u64,
 }
 
-/// The words of a plan: header, rounds, three facts of each query row (first state, first chunk, chunk behind the
-/// last), and items (sequence, first row, chunk).
-pub(crate) fn words(problem: &AttentionProblem, batch: &BatchLayout, cut: Cut) -> Result<Vec<u32>, BackendError> {
+/// The words of a plan, in an empty list.
+pub(crate) fn words(
+    mut words: Vec<u32>,
+    problem: &AttentionProblem,
+    batch: &BatchLayout,
+    cut: Cut,
+) -> Result<Vec<u32>, BackendError> {
     let heads = problem.kind.query_heads();
     let too_many = || {
         let Cut { rows, chunk, .. } = cut;
@@ -51,15 +59,16 @@ pub(crate) fn words(problem: &AttentionProblem, batch: &BatchLayout, cut: Cut) -
     if u64::from(batch.rows()) * u64::from(heads) / u64::from(cut.rows) > MOST_ITEMS {
         return Err(too_many());
     }
-    let mut rounds: Vec<Round> = Vec::new();
-    let mut facts: Vec<u32> = Vec::with_capacity(batch.rows() as usize * 3);
-    let mut items: Vec<u32> = Vec::new();
+    words.extend([TAG, cut.rows, heads, batch.rows()]);
+    words.resize(HEADER + batch.rows() as usize * 3, 0);
+    // Where the round stands that is being filled.
+    let mut round = None;
     for sequence in 0..batch.sequences() {
         let (start, queries) = batch.queries(sequence);
         let mut first = 0;
         while first < queries {
             // As many of the sequence's queries as the round has room for.
-            let mut room = rounds.last().map_or(0, |round| cut.states.saturating_sub(round.states.into()));
+            let mut room = round.map_or(0, |at: usize| cut.states.saturating_sub(words[at + 3].into()));
             let mut last = first;
             while last < queries {
                 let chunks = chunks(problem, batch, sequence, last, cut.chunk);
@@ -76,43 +85,36 @@ pub(crate) fn words(problem: &AttentionProblem, batch: &BatchLayout, cut: Cut) -
                         break;
                     }
                     room = cut.states.max(states);
-                    let first_row = start + first;
-                    rounds.push(Round { first_item: items.len() as u32, first_row, ..Round::default() });
+                    round = Some(words.len());
+                    words.extend([0, start + first, 0, 0]);
                 }
-                let Some(round) = rounds.last_mut() else { break };
+                let Some(at) = round else { break };
                 room -= states;
-                facts.extend([round.states, chunks.0, chunks.1]);
-                round.states += states as u32;
-                round.rows = start + last + 1 - round.first_row;
+                let fact = HEADER + (start + last) as usize * 3;
+                (words[fact], words[fact + 1], words[fact + 2]) = (words[at + 3], chunks.0, chunks.1);
+                words[at + 3] += states as u32;
+                words[at + 2] = start + last + 1 - words[at + 1];
                 last += 1;
             }
-            let Some(round) = rounds.last_mut() else { break };
-            round.items += push(&mut items, problem, batch, (sequence, first, last), cut).ok_or_else(too_many)?;
+            let Some(at) = round else { break };
+            words[at] += push(&mut words, problem, batch, (sequence, first, last), cut).ok_or_else(too_many)?;
             first = last;
         }
     }
-    let behind = HEADER + rounds.len() * ROUND + facts.len();
-    let mut words = Vec::with_capacity(behind + items.len());
-    words.extend([TAG, cut.rows, heads, rounds.len() as u32]);
-    for round in &rounds {
-        words.extend([round.first_item + behind as u32, round.items, round.first_row, round.rows, round.states]);
-    }
-    words.extend(facts);
-    words.extend(items);
     Ok(words)
 }
 
 /// Adds the items of a sequence's queries `first` to `last - 1` and tells how many; `None` where a plan has no room for
 /// them. Those of one chunk follow each other: they read the same part of the cache.
 fn push(
-    items: &mut Vec<u32>,
+    words: &mut Vec<u32>,
     problem: &AttentionProblem,
     batch: &BatchLayout,
     (sequence, first, last): (usize, u32, u32),
     cut: Cut,
 ) -> Option<u32> {
     let heads = problem.kind.query_heads();
-    let before = items.len();
+    let before = words.len();
     let (lo, hi) =
         (chunks(problem, batch, sequence, first, cut.chunk).0, chunks(problem, batch, sequence, last - 1, cut.chunk).1);
     for chunk in lo..hi {
@@ -123,30 +125,27 @@ fn push(
                 chunks(problem, batch, sequence, end / heads, cut.chunk).1,
             );
             if (seen.0..seen.1).contains(&chunk) {
-                items.extend([sequence as u32, row, chunk]);
+                words.extend([sequence as u32, row, chunk]);
             }
         }
-        if items.len() as u64 / 3 > MOST_ITEMS {
+        if (words.len() / ITEM) as u64 > MOST_ITEMS {
             return None;
         }
     }
-    Some(((items.len() - before) / 3) as u32)
+    Some(((words.len() - before) / ITEM) as u32)
 }
 
-/// The rounds of a plan, with the rows of its items and the place of the facts among its words; `None` for the plan of
-/// another kernel.
-pub(crate) fn rounds(words: &[u32], heads: u32) -> Option<(u32, u32, impl Iterator<Item = Round>)> {
-    let [TAG, rows, of, count, rest @ ..] = words else { return None };
-    let rounds = rest.get(..*count as usize * ROUND)?;
-    let facts = (HEADER + rounds.len()) as u32;
-    let rounds = rounds.chunks_exact(ROUND).map(|round| Round {
-        first_item: round[0],
-        items: round[1],
-        first_row: round[2],
-        rows: round[3],
-        states: round[4],
+/// The rows of an item and the rounds of a plan; `None` for the plan of another kernel.
+pub(crate) fn rounds(words: &[u32], heads: u32) -> Option<(u32, impl Iterator<Item = Round>)> {
+    let [TAG, rows, of, query_rows, ..] = words else { return None };
+    let mut at = HEADER + *query_rows as usize * 3;
+    let rounds = std::iter::from_fn(move || {
+        let [items, first_row, rows, states] = *words.get(at..)?.first_chunk::<ROUND>()?;
+        let first_item = (at + ROUND) as u32;
+        at += ROUND + items as usize * ITEM;
+        Some(Round { first_item, items, first_row, rows, states })
     });
-    (*of == heads).then_some((*rows, facts, rounds))
+    (*of == heads).then_some((*rows, rounds))
 }
 
 /// First chunk that a query row sees, and the chunk behind the last one. Both never fall from row to row.

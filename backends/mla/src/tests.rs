@@ -181,13 +181,17 @@ fn rounds_hold_as_many_query_rows_as_the_buffer_has_states_for() {
         batch.push(queries, length, &pages);
     }
     let rounds = |states, most_states| {
-        let words = plan::words(&problem, &batch, Cut { rows: 16, chunk: 256, states, most_states }).unwrap();
-        let (rows, facts, rounds) = plan::rounds(&words, 9).unwrap();
+        let words =
+            plan::words(Vec::new(), &problem, &batch, Cut { rows: 16, chunk: 256, states, most_states }).unwrap();
+        let (rows, rounds) = plan::rounds(&words, 9).unwrap();
         let rounds: Vec<_> = rounds.collect();
-        assert_eq!((rows, facts as usize), (16, plan::HEADER + rounds.len() * plan::ROUND));
-        // Items follow one another, and name their sequence.
-        assert_eq!(rounds.iter().map(|round| round.items).sum::<u32>() * 3, words.len() as u32 - rounds[0].first_item);
-        assert!(rounds.windows(2).all(|pair| pair[0].first_item + pair[0].items * 3 == pair[1].first_item));
+        let facts = batch.rows() as usize * 3;
+        assert_eq!((rows, rounds[0].first_item as usize), (16, plan::HEADER + facts + plan::ROUND));
+        // Rounds follow one another, each behind the last one's items.
+        let ends: Vec<_> =
+            rounds.iter().map(|round| round.first_item as usize + round.items as usize * plan::ITEM).collect();
+        assert!(rounds[1..].iter().zip(&ends).all(|(round, end)| round.first_item as usize == end + plan::ROUND));
+        assert_eq!(ends.last(), Some(&words.len()));
         rounds.iter().map(|round| (round.items, round.first_row, round.rows, round.states)).collect::<Vec<_>>()
     };
     // 18 rows in tiles of 16: two items for each chunk.
@@ -197,11 +201,12 @@ fn rounds_hold_as_many_query_rows_as_the_buffer_has_states_for() {
     assert_eq!(rounds(90, 1000), [(10, 0, 3, 90), (8, 3, 1, 72), (8, 4, 1, 72)]);
     assert_eq!(rounds(10, 72), [(1, 0, 1, 9), (1, 1, 1, 9), (8, 2, 1, 72), (8, 3, 1, 72), (8, 4, 1, 72)]);
     let cut = Cut { rows: 16, chunk: 256, states: 10, most_states: 71 };
-    let error = plan::words(&problem, &batch, cut).unwrap_err().to_string();
+    let error = plan::words(Vec::new(), &problem, &batch, cut).unwrap_err().to_string();
     assert!(error.contains("a query row of sequence 2 over 2048 keys in 9 heads has 72 partial states"), "{error}");
     // Chunks outside a window are nobody's.
     let window = problem.window(Some(Window { left: Some(255), right: None }));
-    let words = plan::words(&window, &batch, Cut { rows: 16, chunk: 256, states: 1000, most_states: 1000 }).unwrap();
-    let (.., mut rounds) = plan::rounds(&words, 9).unwrap();
+    let words = plan::words(Vec::new(), &window, &batch, Cut { rows: 16, chunk: 256, states: 1000, most_states: 1000 })
+        .unwrap();
+    let (_, mut rounds) = plan::rounds(&words, 9).unwrap();
     assert_eq!(rounds.next().unwrap().states, 9 * (1 + 1 + 2 + 1 + 2));
 }

@@ -178,7 +178,8 @@ impl AttentionKernel for Kernel {
         let chunks = u64::from(longest) / u64::from(variant.chunk()) + 1;
         let alone = widest * u64::from(self.problem.kind.query_heads()) * chunks;
         let room = ROUND_BYTES.max(alone * self.state_bytes()).min(self.device.facts().limits.binding_bytes);
-        let words = plan::words(&self.problem, batch, variant, run, room / self.state_bytes())?;
+        let most_states = room / self.state_bytes();
+        let words = plan::words(self.plans.words(), &self.problem, batch, variant, run, most_states)?;
         Plan::new(&self.device, &self.plans, &self.problem, batch, words)
     }
 
@@ -186,7 +187,7 @@ impl AttentionKernel for Kernel {
         let problem = &self.problem;
         io.validate(problem, plan.batch())?;
         let foreign = || BackendError::Batch("the plan was made by another kernel".into());
-        let (tiles, facts, rounds) = plan::rounds(plan.extra(), self.group()).ok_or_else(foreign)?;
+        let (tiles, rounds) = plan::rounds(plan.extra(), self.group()).ok_or_else(foreign)?;
         let (variant, partial) = self.pipeline(tiles)?.ok_or_else(foreign)?;
         let index = plan.index(commands)?;
         let side = |side: Option<u32>| side.unwrap_or(u32::MAX);
@@ -208,7 +209,7 @@ impl AttentionKernel for Kernel {
                 group: self.group(),
                 items: round.items,
                 first: round.first_item,
-                facts,
+                facts: plan::HEADER as u32,
                 states: round.states,
             };
             let own = [Some(io.q), Some(io.k_cache), Some(io.v_cache), Some(states), slopes];
@@ -225,7 +226,7 @@ impl AttentionKernel for Kernel {
                 heads,
                 first: round.first_row,
                 rows: round.rows,
-                facts,
+                facts: plan::HEADER as u32,
                 states: round.states,
             };
             let (slices, count) = bound(index, [Some(states)].into_iter().chain(endings));

@@ -7,11 +7,12 @@ use crate::shader::Variant;
 /// Begins the words of a plan, so that a plan of another backend is not taken for one of these.
 pub(crate) const TAG: u32 = 0x7370_6c69;
 
-/// Words of the header: tag, tiles of an item, group, number of rounds, sequences.
-pub(crate) const HEADER: usize = 5;
+/// Words of the header: tag, tiles of an item, group, sequences. Three facts of each sequence follow (first state, first
+/// chunk, chunk behind the last), then the rounds, each before its items.
+pub(crate) const HEADER: usize = 4;
 
-/// Words of a round: first item, items, first row, rows, states.
-pub(crate) const ROUND: usize = 5;
+/// Words of a round: items, first row, rows, states.
+pub(crate) const ROUND: usize = 4;
 
 /// Words of a work item: sequence, first row, first chunk, chunk behind the last.
 pub(crate) const ITEM: usize = 4;
@@ -30,8 +31,10 @@ pub(crate) struct Round {
     pub(crate) states: u32,
 }
 
-/// The words of a plan for items of a variant's tiles and `run` chunks, with at most `most_states` states a round.
+/// The words of a plan for items of a variant's tiles and `run` chunks, with at most `most_states` states a round, in an
+/// empty list.
 pub(crate) fn words(
+    mut words: Vec<u32>,
     problem: &AttentionProblem,
     batch: &BatchLayout,
     variant: Variant,
@@ -42,20 +45,21 @@ pub(crate) fn words(
     let heads = problem.kind.query_heads();
     let group = heads / problem.kind.kv_heads();
     let sequences = batch.sequences();
-    let mut rounds: Vec<Round> = Vec::new();
-    let mut facts: Vec<u32> = Vec::with_capacity(sequences * 3);
-    let mut items: Vec<u32> = Vec::new();
+    words.extend([TAG, variant.tiles, group, sequences as u32]);
+    words.resize(HEADER + sequences * 3, 0);
+    let mut items = 0;
+    // Where the round stands that is being filled.
+    let mut round = None;
     for sequence in 0..sequences {
         let (start, queries) = batch.queries(sequence);
         if queries == 0 {
-            facts.extend([0, 0, 0]);
             continue;
         }
         let (lo, hi) = keys(problem, batch, sequence, 0, queries - 1);
         let chunks = (lo / chunk_keys, hi.div_ceil(chunk_keys));
         let rows_of = u64::from(queries) * u64::from(group);
-        let more = rows_of.div_ceil(u64::from(rows)) * u64::from((chunks.1 - chunks.0).div_ceil(run));
-        if (items.len() / ITEM) as u64 + more > MOST_ITEMS {
+        items += rows_of.div_ceil(u64::from(rows)) * u64::from((chunks.1 - chunks.0).div_ceil(run));
+        if items > MOST_ITEMS {
             return Err(BackendError::Batch(format!(
                 "the batch has more than {MOST_ITEMS} work items of {rows} rows and {} keys: split it",
                 run * chunk_keys
@@ -71,50 +75,41 @@ pub(crate) fn words(
                 hi - lo
             )));
         }
-        let begins = Round { first_item: items.len() as u32, items: 0, first_row: start, rows: 0, states: 0 };
-        let round = match rounds.last_mut() {
-            Some(round) if u64::from(round.states) + states <= most_states => round,
+        let at = match round {
+            Some(at) if u64::from(words[at + 3]) + states <= most_states => at,
             _ => {
-                rounds.push(begins);
-                let last = rounds.len() - 1;
-                &mut rounds[last]
+                let at = words.len();
+                words.extend([0, start, 0, 0]);
+                round = Some(at);
+                at
             }
         };
-        facts.extend([round.states, chunks.0, chunks.1]);
-        round.states += states as u32;
-        round.rows = start + queries - round.first_row;
+        let fact = HEADER + sequence * 3;
+        (words[fact], words[fact + 1], words[fact + 2]) = (words[at + 3], chunks.0, chunks.1);
+        words[at + 2] = start + queries - words[at + 1];
+        words[at + 3] += states as u32;
         for first in (0..queries * group).step_by(rows as usize) {
             // A chunk that none of the item's rows sees is written too: merging reads all of a sequence's.
             for chunk in (chunks.0..chunks.1).step_by(run as usize) {
-                items.extend([sequence as u32, first, chunk, chunks.1.min(chunk + run)]);
-                round.items += 1;
+                words.extend([sequence as u32, first, chunk, chunks.1.min(chunk + run)]);
+                words[at] += 1;
             }
         }
     }
-    let behind = HEADER + rounds.len() * ROUND + facts.len();
-    let mut words = Vec::with_capacity(behind + items.len());
-    words.extend([TAG, variant.tiles, group, rounds.len() as u32, sequences as u32]);
-    for round in &rounds {
-        words.extend([round.first_item + behind as u32, round.items, round.first_row, round.rows, round.states]);
-    }
-    words.extend(facts);
-    words.extend(items);
     Ok(words)
 }
 
-/// The rounds of a plan, and the place of the sequences' facts among its words; `None` for the plan of another kernel.
-pub(crate) fn rounds(words: &[u32], group: u32) -> Option<(u32, u32, impl Iterator<Item = Round>)> {
-    let [TAG, tiles, of, count, _, rest @ ..] = words else { return None };
-    let rounds = rest.get(..*count as usize * ROUND)?;
-    let facts = (HEADER + rounds.len()) as u32;
-    let rounds = rounds.chunks_exact(ROUND).map(|round| Round {
-        first_item: round[0],
-        items: round[1],
-        first_row: round[2],
-        rows: round[3],
-        states: round[4],
+/// The tiles of an item and the rounds of a plan; `None` for the plan of another kernel.
+pub(crate) fn rounds(words: &[u32], group: u32) -> Option<(u32, impl Iterator<Item = Round>)> {
+    let [TAG, tiles, of, sequences, ..] = words else { return None };
+    let mut at = HEADER + *sequences as usize * 3;
+    let rounds = std::iter::from_fn(move || {
+        let [items, first_row, rows, states] = *words.get(at..)?.first_chunk::<ROUND>()?;
+        let first_item = (at + ROUND) as u32;
+        at += ROUND + items as usize * ITEM;
+        Some(Round { first_item, items, first_row, rows, states })
     });
-    (*of == group).then_some((*tiles, facts, rounds))
+    (*of == group).then_some((*tiles, rounds))
 }
 
 /// First key that rows `first` to `last` of a sequence see, and the key behind the last one.

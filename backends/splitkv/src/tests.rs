@@ -73,27 +73,27 @@ fn sequences_share_rounds_up_to_the_buffers_size() {
         batch.push(queries, length, &pages);
     }
     let rounds = |most| {
-        let words = plan::words(&problem, &batch, variant, 1, most).unwrap();
-        let (tiles, facts, rounds) = plan::rounds(&words, 2).unwrap();
+        let words = plan::words(Vec::new(), &problem, &batch, variant, 1, most).unwrap();
+        let (tiles, rounds) = plan::rounds(&words, 2).unwrap();
         let rounds: Vec<_> = rounds.collect();
-        assert_eq!((tiles, facts as usize), (1, plan::HEADER + rounds.len() * plan::ROUND));
-        // Items follow one another, and name their sequence.
-        assert_eq!(
-            rounds.iter().map(|round| round.items).sum::<u32>() * plan::ITEM as u32,
-            words.len() as u32 - rounds[0].first_item
-        );
+        assert_eq!((tiles, rounds[0].first_item as usize), (1, plan::HEADER + 4 * 3 + plan::ROUND));
+        // Rounds follow one another, each behind the last one's items.
+        let ends: Vec<_> =
+            rounds.iter().map(|round| round.first_item as usize + round.items as usize * plan::ITEM).collect();
+        assert!(rounds[1..].iter().zip(&ends).all(|(round, end)| round.first_item as usize == end + plan::ROUND));
+        assert_eq!(ends.last(), Some(&words.len()));
         rounds.iter().map(|round| (round.items, round.first_row, round.rows, round.states)).collect::<Vec<_>>()
     };
     assert_eq!(rounds(1000), [(17, 0, 5, 104)]);
     assert_eq!(rounds(72), [(9, 0, 4, 72), (8, 4, 1, 32)]);
     assert_eq!(rounds(64), [(1, 0, 2, 8), (8, 2, 2, 64), (8, 4, 1, 32)]);
-    let error = plan::words(&problem, &batch, variant, 1, 63).unwrap_err().to_string();
+    let error = plan::words(Vec::new(), &problem, &batch, variant, 1, 63).unwrap_err().to_string();
     // A sequence of one chunk keeps no state where it is answered at once.
-    let direct = plan::words(&problem, &batch, Variant { direct: true, ..variant }, 1, 1000).unwrap();
-    let (_, _, rounds) = plan::rounds(&direct, 2).unwrap();
+    let direct = plan::words(Vec::new(), &problem, &batch, Variant { direct: true, ..variant }, 1, 1000).unwrap();
+    let (_, rounds) = plan::rounds(&direct, 2).unwrap();
     assert_eq!(rounds.map(|round| round.states).collect::<Vec<_>>(), [96]);
     // Runs cover the same chunks: of the sequence of 8 chunks, items of 3, 3 and 2.
-    let runs = plan::words(&problem, &batch, variant, 3, 1000).unwrap();
+    let runs = plan::words(Vec::new(), &problem, &batch, variant, 3, 1000).unwrap();
     let items: Vec<_> = runs[runs.len() - 7 * plan::ITEM..].chunks(plan::ITEM).collect();
     assert_eq!(items[1..4], [[2, 0, 0, 3], [2, 0, 3, 6], [2, 0, 6, 8]]);
     assert_eq!(items[6], [3, 0, 6, 8]);

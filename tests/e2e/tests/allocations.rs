@@ -15,9 +15,6 @@ const KIND: AttentionKind = AttentionKind::Gqa { query_heads: 4, kv_heads: 2, he
 /// Layers recorded before one is measured: wgpu's lists then have room, but for the round in which one of them grows.
 const LAYERS: usize = 20;
 
-/// Backends whose plans are made in memory of their own kernels' earlier ones.
-const REUSING: [&str; 2] = ["flash", "plain"];
-
 /// Allocations of a plan, of a write as large, and of storing and attending in one more layer: the fewest of many
 /// rounds, since wgpu's lists grow now and then.
 fn fewest(device: &Device, backend: &str, problem: &AttentionProblem, batch: &BatchLayout) -> [u64; 3] {
@@ -86,13 +83,11 @@ fn a_warm_layer_allocates_nothing() {
             }
             let [planned, written, encoded] = fewest(&device, entry.name(), problem, batch);
             assert_eq!(encoded, 0, "{}: store_kv and encode allocate", entry.name());
-            if REUSING.contains(&entry.name()) {
-                assert!(planned <= written, "{}: a plan allocates {planned} times, its write {written}", entry.name());
-                served += 1;
-            }
+            assert!(planned <= written, "{}: a plan allocates {planned} times, its write {written}", entry.name());
+            served += 1;
         }
     }
-    assert_eq!(served, 5, "flash serves all three, plain no tree");
+    assert!(served >= 5, "flash serves all three, plain no tree; split-KV attention needs subgroups");
 
     // The counter counts.
     assert_eq!(measure(|| drop(std::hint::black_box(vec![1u8; 100]))).count_total, 1);
