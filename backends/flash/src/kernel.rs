@@ -1,7 +1,7 @@
 use bytemuck::{Pod, Zeroable};
 use polyattn_api::{
     AttentionIo, AttentionKernel, AttentionProblem, BackendError, BatchLayout, Commands, Device, KvDType, Plan,
-    PlanPool,
+    PlanPool, StoreRotated,
     device::{Pipeline, PipelineSpec},
 };
 
@@ -114,6 +114,10 @@ impl AttentionKernel for Kernel {
             words.extend((0..rows).step_by(variant.rows() as usize).flat_map(|first| [sequence as u32, first]));
         }
         Plan::new(&self.device, &self.plans, &self.problem, batch, words)
+    }
+
+    fn store_rotated(&self, commands: &mut Commands, plan: &Plan, io: &StoreRotated<'_>) -> Result<bool, BackendError> {
+        io.record_provided(&self.problem, commands, plan)
     }
 
     fn encode(&self, commands: &mut Commands, plan: &Plan, io: &AttentionIo<'_>) -> Result<(), BackendError> {

@@ -2,7 +2,7 @@ use std::{fmt::Debug, sync::Arc};
 
 use polyattn_device::{BufferSlice, Commands, Device, DeviceError, DeviceFacts};
 
-use crate::{AttentionProblem, BatchLayout, Capabilities, Decline, Plan, store};
+use crate::{AttentionProblem, BatchLayout, Capabilities, Decline, Plan, StoreRotated, store};
 
 /// What an attention backend is: a name, what it can serve, and how to get a kernel for a problem it serves.
 ///
@@ -14,6 +14,7 @@ use crate::{AttentionProblem, BatchLayout, Capabilities, Decline, Plan, store};
 /// * The answer is that of [`AttentionProblem`]'s contract. Nothing beyond a sequence's `kv_len` is read into a result,
 ///   whatever lies there.
 /// * The writer of K and V belongs to the kernel ([`AttentionKernel::store_kv`]); one is provided for the common layouts.
+///   A kernel that overrides it does not answer with the provided one to [`AttentionKernel::store_rotated`].
 pub trait AttentionBackend: Debug + Send + Sync {
     /// The name users select it by: lower case, unique among the registered.
     fn name(&self) -> &'static str;
@@ -60,6 +61,24 @@ pub trait AttentionKernel: Debug + Send + Sync {
     /// Buffers that do not fit the problem.
     fn store_kv(&self, commands: &mut Commands, plan: &Plan, io: &StoreKv<'_>) -> Result<(), BackendError> {
         store::store_kv(self.problem(), commands, plan, io)
+    }
+
+    /// Records the norm and the rotation of new queries and keys, and the writing of K and V, in one step; `false`, with
+    /// nothing recorded, where the kernel has no such step for these rows: then the caller norms and rotates, and calls
+    /// [`store_kv`](Self::store_kv). Both ways leave the same queries and the same cache.
+    ///
+    /// Provided: `false`, for only its author knows whether a kernel overrides `store_kv`. One that does not may answer
+    /// with [`StoreRotated::record_provided`], which writes the same caches as the provided `store_kv`.
+    ///
+    /// # Errors
+    /// Buffers that do not fit the problem.
+    fn store_rotated(
+        &self,
+        _commands: &mut Commands,
+        _plan: &Plan,
+        _io: &StoreRotated<'_>,
+    ) -> Result<bool, BackendError> {
+        Ok(false)
     }
 
     /// Records moves of tokens within the cache of one layer, from slot to slot of the pool: of a tree's rows only the

@@ -7,7 +7,7 @@ use polyattn_device::{Buffer, Commands, Device};
 
 use crate::{
     AttentionBackend, AttentionIo, AttentionKernel, AttentionProblem, AttentionState, BackendError, BatchLayout,
-    Decline, Mask, MergeStates, Plan, StoreKv, merge_states,
+    Decline, Mask, MergeStates, Plan, StoreKv, StoreRotated, merge_states,
 };
 
 /// Bytes whose reading is taken to cost as much as two more dispatches: about 5 µs on the fastest GPUs.
@@ -228,6 +228,10 @@ impl AttentionKernel for Cascade {
 
     fn store_kv(&self, commands: &mut Commands, plan: &Plan, io: &StoreKv<'_>) -> Result<(), BackendError> {
         self.own.store_kv(commands, plan, io)
+    }
+
+    fn store_rotated(&self, commands: &mut Commands, plan: &Plan, io: &StoreRotated<'_>) -> Result<bool, BackendError> {
+        self.own.store_rotated(commands, plan, io)
     }
 
     fn encode(&self, commands: &mut Commands, plan: &Plan, io: &AttentionIo<'_>) -> Result<(), BackendError> {

@@ -11,7 +11,7 @@ use polyattn_device::{Commands, Device, DeviceFacts};
 use crate::{
     AttentionIo, AttentionKernel, AttentionProblem, BackendError, BatchLayout, Decline, Draft, DraftSequence, Drafter,
     LoadContext, MoeIo, MoeKernel, MoeProblem, MoveKv, Outcome, Plan, PrefixReuse, Proposal, ProposeContext,
-    ProposerError, RegisteredBackend, RegisteredMoeBackend, RegisteredProposer, StoreKv, TapSpec,
+    ProposerError, RegisteredBackend, RegisteredMoeBackend, RegisteredProposer, StoreKv, StoreRotated, TapSpec,
 };
 
 /// Calls what may panic; its message if it did. A plugin's state is not looked at again after a fault, so nothing is
@@ -262,6 +262,10 @@ impl AttentionKernel for Guarded {
 
     fn store_kv(&self, commands: &mut Commands, plan: &Plan, io: &StoreKv<'_>) -> Result<(), BackendError> {
         self.call("store_kv", || self.kernel.store_kv(commands, plan, io))
+    }
+
+    fn store_rotated(&self, commands: &mut Commands, plan: &Plan, io: &StoreRotated<'_>) -> Result<bool, BackendError> {
+        self.call("store_rotated", || self.kernel.store_rotated(commands, plan, io))
     }
 
     fn move_kv(&self, commands: &mut Commands, io: &MoveKv<'_>) -> Result<(), BackendError> {

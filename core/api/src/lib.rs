@@ -34,6 +34,7 @@ mod registry;
 mod remedy;
 mod resolve;
 mod resolver;
+mod rotated;
 mod sampling;
 mod select;
 mod store;
@@ -72,6 +73,7 @@ pub use registry::{
 };
 pub use resolve::{Resolution, ResolveError, ResolvedLayer, resolve};
 pub use resolver::Resolver;
+pub use rotated::{HeadNorm, RotatedQueries, Rotation, StoreRotated, rotary_wgsl};
 pub use sampling::{Purpose, Sampling};
 pub use select::{Declined, Policy, Selection, SelectionError, select};
 pub use strategy::{StrategyConfig, StrategyEntry};

@@ -30,7 +30,7 @@ struct Form {
 }
 
 /// Rows of one tensor on their way into its cache.
-struct Rows<'a> {
+pub(crate) struct Rows<'a> {
     source: BufferSlice<'a>,
     offset: u32,
     stride: u32,
@@ -42,12 +42,40 @@ struct Rows<'a> {
     scale: Option<BufferSlice<'a>>,
 }
 
-impl Rows<'_> {
+impl<'a> Rows<'a> {
+    /// Those of K, and of V where there are any, each head `apart` or all in one.
+    pub(crate) fn of(kind: AttentionKind, io: &StoreKv<'a>, apart: bool) -> (Self, Option<Self>) {
+        let heads = kind.kv_heads();
+        let (parts, width) = if apart { (heads, 1) } else { (1, heads) };
+        let k = Self {
+            source: io.k,
+            offset: io.k_offset,
+            stride: io.k_stride,
+            parts,
+            dim: width * kind.query_dim(),
+            cache: io.k_cache,
+            scale: io.k_scale,
+        };
+        let v = match kind {
+            AttentionKind::Gqa { value_dim, .. } => Some(Self {
+                source: io.v,
+                offset: io.v_offset,
+                stride: io.v_stride,
+                parts,
+                dim: width * value_dim,
+                cache: io.v_cache,
+                scale: io.v_scale,
+            }),
+            AttentionKind::Mla { .. } => None,
+        };
+        (k, v)
+    }
+
     fn row(&self) -> u32 {
         self.parts * self.dim
     }
 
-    fn validate(&self, batch: &BatchLayout, dtype: KvDType) -> Result<(), BackendError> {
+    pub(crate) fn validate(&self, batch: &BatchLayout, dtype: KvDType) -> Result<(), BackendError> {
         let slots = u64::from(batch.pool_pages) * u64::from(batch.page_size);
         let needed = slots * u64::from(self.row()) * dtype.bytes();
         if self.cache.bytes() < needed {
@@ -84,32 +112,8 @@ pub(crate) fn store_kv(
     io: &StoreKv<'_>,
 ) -> Result<(), BackendError> {
     let (dtype, layout) = (problem.kv_dtype, problem.kv_layout);
-    let heads = problem.kind.kv_heads();
     // Where the heads of a token follow each other and need no scale, its row is copied whole.
-    let apart = layout == KvLayout::PageHeadToken || dtype == KvDType::Q8;
-    let parts = |dim: u32| if apart { (heads, dim) } else { (1, heads * dim) };
-    let (parts_of_row, dim) = parts(problem.kind.query_dim());
-    let k = Rows {
-        source: io.k,
-        offset: io.k_offset,
-        stride: io.k_stride,
-        parts: parts_of_row,
-        dim,
-        cache: io.k_cache,
-        scale: io.k_scale,
-    };
-    let v = match problem.kind {
-        AttentionKind::Gqa { value_dim, .. } => Some(Rows {
-            source: io.v,
-            offset: io.v_offset,
-            stride: io.v_stride,
-            parts: parts_of_row,
-            dim: parts(value_dim).1,
-            cache: io.v_cache,
-            scale: io.v_scale,
-        }),
-        AttentionKind::Mla { .. } => None,
-    };
+    let (k, v) = Rows::of(problem.kind, io, layout == KvLayout::PageHeadToken || dtype == KvDType::Q8);
     let batch = plan.batch();
     for rows in [Some(&k), v.as_ref()].into_iter().flatten() {
         rows.validate(batch, dtype)?;
@@ -168,25 +172,8 @@ fn compile(device: &Device, form: Form) -> Result<Pipeline, DeviceError> {
 
 fn source(form: Form) -> String {
     let scaled = form.dtype == KvDType::Q8;
-    let helpers = match form.dtype {
-        KvDType::Q8 => narrow::SCALED_WGSL.to_owned(),
-        KvDType::F8E4M3 => narrow::E4M3.wgsl(),
-        KvDType::F8E5M2 => narrow::E5M2.wgsl(),
-        _ => String::new(),
-    };
     let width = 4 / form.dtype.bytes();
-    let bytes = |scale: &str| {
-        (0..4)
-            .map(|at| format!("(byte_of(T_rows[first + {at}u]{scale}) << {}u)", at * 8))
-            .collect::<Vec<_>>()
-            .join(" | ")
-    };
-    let word = match form.dtype.as_dtype() {
-        Some(DType::F32) => "bitcast<u32>(T_rows[first])".to_owned(),
-        Some(dtype) => wgsl::narrow2(dtype, "vec2<f32>(T_rows[first], T_rows[first + 1u])"),
-        None if scaled => bytes(", scale"),
-        None => bytes(""),
-    };
+    let word = word(form.dtype, "T_rows");
     let scale = if scaled {
         "let start = first - word * 4u;
          var largest = 0u;
@@ -228,7 +215,34 @@ fn source(form: Form) -> String {
         stores += &store.replace("T_", "v_");
     }
     let main = include_str!("store.wgsl").replace("STORE", &stores);
-    [wgsl::PREAMBLE, BATCH_WGSL, form.layout.wgsl(), &helpers, &bindings, &main].concat()
+    [wgsl::PREAMBLE, BATCH_WGSL, form.layout.wgsl(), &helpers(form.dtype), &bindings, &main].concat()
+}
+
+/// WGSL that [`word`] calls.
+pub(crate) fn helpers(dtype: KvDType) -> String {
+    match dtype {
+        KvDType::Q8 => narrow::SCALED_WGSL.to_owned(),
+        KvDType::F8E4M3 => narrow::E4M3.wgsl(),
+        KvDType::F8E5M2 => narrow::E5M2.wgsl(),
+        _ => String::new(),
+    }
+}
+
+/// The WGSL expression of a word of a cache: the elements of the f32 array `from` from `first` on, in steps of `scale`
+/// where the format has one.
+pub(crate) fn word(dtype: KvDType, from: &str) -> String {
+    let bytes = |scale: &str| {
+        (0..4)
+            .map(|at| format!("(byte_of({from}[first + {at}u]{scale}) << {}u)", at * 8))
+            .collect::<Vec<_>>()
+            .join(" | ")
+    };
+    match dtype.as_dtype() {
+        Some(DType::F32) => format!("bitcast<u32>({from}[first])"),
+        Some(dtype) => wgsl::narrow2(dtype, &format!("vec2<f32>({from}[first], {from}[first + 1u])")),
+        None if dtype == KvDType::Q8 => bytes(", scale"),
+        None => bytes(""),
+    }
 }
 
 /// Writes on the CPU.

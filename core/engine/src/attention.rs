@@ -10,7 +10,7 @@ use std::{
 
 use polyattn_api::{
     AttentionIo, AttentionKernel, AttentionProblem, BackendError, BatchLayout, Mask, MoveKv, Phase, Plan,
-    ResolvedLayer, Role, StoreKv,
+    ResolvedLayer, Role, StoreKv, StoreRotated,
 };
 use polyattn_device::{Commands, Device};
 
@@ -36,6 +36,10 @@ impl AttentionKernel for Served {
 
     fn store_kv(&self, commands: &mut Commands, plan: &Plan, io: &StoreKv<'_>) -> Result<(), BackendError> {
         self.kernel.store_kv(commands, plan, io)
+    }
+
+    fn store_rotated(&self, commands: &mut Commands, plan: &Plan, io: &StoreRotated<'_>) -> Result<bool, BackendError> {
+        self.kernel.store_rotated(commands, plan, io)
     }
 
     fn move_kv(&self, commands: &mut Commands, io: &MoveKv<'_>) -> Result<(), BackendError> {

@@ -3,7 +3,7 @@ use std::sync::Arc;
 use polyattn_api::{
     AttentionKernel, BackendError, BatchLayout, Buffer, Candidate, Commands, CommittedRows, DType, Device, Draft,
     Drafter, LoadContext, Marginals, Outcome, Plan, PrefixReuse, Proposal, ProposeContext, ProposerError, Sampling,
-    StoreKv, TapSpec, TreeWish,
+    TapSpec, TreeWish,
 };
 use polyattn_nn::{
     NnError, WeightLoader,
@@ -287,7 +287,9 @@ impl DFlashDrafter {
         let stride = self.context_kv.rows;
         for (state, number) in self.layers.iter().zip(0..) {
             let offset = number * 2 * half;
-            ops::rope(
+            let (k_cache, v_cache) = (&state.k_cache, &state.v_cache);
+            let kernel = self.kernels[state.kind].as_ref();
+            LayerAttention { kernel, plan: &plans[state.kind], k_cache, v_cache }.rotate_and_store(
                 commands,
                 &RopeCall {
                     qkv: memory.context.whole(),
@@ -306,9 +308,6 @@ impl DFlashDrafter {
                     q_dtype: DType::F32,
                 },
             )?;
-            let store =
-                StoreKv::from_rows(&memory.context, stride, offset, offset + half, &state.k_cache, &state.v_cache);
-            self.kernels[state.kind].store_kv(commands, &plans[state.kind], &store)?;
         }
         Ok(())
     }

@@ -12,7 +12,7 @@ use half::{bf16, f16};
 use polyattn_api::{
     AttentionBackend, AttentionIo, AttentionKernel, AttentionKind, AttentionProblem, BackendError, BatchLayout,
     BufferSlice, Capabilities, Commands, DType, Decline, Device, DeviceFacts, DeviceNeed, Dims, DtypeSet, KvDType,
-    KvDtypeSet, Mask, Origin, Phase, PhaseSet, Plan, PlanPool, RegisteredBackend, StoreKv,
+    KvDtypeSet, Mask, Origin, Phase, PhaseSet, Plan, PlanPool, RegisteredBackend, StoreKv, StoreRotated,
 };
 use polyattn_conformance::suite;
 
@@ -43,6 +43,7 @@ enum Bug {
     RowNotWritten,
     StoresNextDoor,
     StoresTruncated,
+    StoresNoRotated,
     ServesUnasked,
     PreparesDeclined,
     MovingDeclines,
@@ -214,6 +215,10 @@ impl AttentionKernel for Kernel {
         Ok(())
     }
 
+    fn store_rotated(&self, _: &mut Commands, _: &Plan, _: &StoreRotated<'_>) -> Result<bool, BackendError> {
+        Ok(self.bug == Bug::StoresNoRotated)
+    }
+
     fn encode(&self, _: &mut Commands, plan: &Plan, io: &AttentionIo<'_>) -> Result<(), BackendError> {
         assert_ne!(self.bug, Bug::PanicsInEncode, "planted");
         let (problem, batch) = (&self.problem, plan.batch());
@@ -335,7 +340,7 @@ fn a_right_backend_passes() {
 }
 
 /// Each bug with the trial that is meant for it, and what that says.
-const CAUGHT: [(Bug, &str, &str); 32] = [
+const CAUGHT: [(Bug, &str, &str); 33] = [
     (Bug::OneKeyTooMany, "gqa/masks/causal", "the answer is wrong"),
     (Bug::MaskOffByOne, "gqa/masks/causal", "the answer is wrong"),
     (Bug::ScaleMissing, "gqa/edges/a scale of its own", "the answer is wrong"),
@@ -360,6 +365,7 @@ const CAUGHT: [(Bug, &str, &str); 32] = [
     (Bug::RowNotWritten, "gqa/masks/causal", "were not written"),
     (Bug::StoresNextDoor, "gqa/store/f32 rows into f32", "K cache: a row is wrong"),
     (Bug::StoresTruncated, "gqa/store/f32 rows into bf16", "a row is wrong"),
+    (Bug::StoresNoRotated, "gqa/store/f32 rows into f32", "stored with a rotation, K cache: a row is wrong"),
     (Bug::ServesUnasked, "gqa/declines/head_dim 20", "declines nothing"),
     (Bug::PreparesDeclined, "gqa/declines/head_dim 20", "prepares a kernel for it all the same"),
     (Bug::MovingDeclines, "gqa/declines/head_dim 20", "gives two answers"),

@@ -6,14 +6,17 @@
 use allocation_counter::measure;
 use polyattn as _;
 use polyattn_api::{
-    AttentionIo, AttentionKind, AttentionProblem, BatchLayout, DType, Device, Mask, Registry, StoreKv, TreeMask,
-    device::DeviceChoice,
+    AttentionIo, AttentionKind, AttentionProblem, BatchLayout, DType, Device, HeadNorm, Mask, Registry, RotatedQueries,
+    Rotation, StoreKv, StoreRotated, TreeMask, device::DeviceChoice,
 };
 
 const KIND: AttentionKind = AttentionKind::Gqa { query_heads: 4, kv_heads: 2, head_dim: 64, value_dim: 64 };
 
 /// Layers recorded before one is measured: wgpu's lists then have room, but for the round in which one of them grows.
 const LAYERS: usize = 20;
+
+/// Backends that norm, rotate and store in one dispatch.
+const ROTATING: [&str; 2] = ["flash", "splitkv"];
 
 /// Allocations of a plan, of a write as large, and of storing and attending in one more layer: the fewest of many
 /// rounds, since wgpu's lists grow now and then.
@@ -22,10 +25,23 @@ fn fewest(device: &Device, backend: &str, problem: &AttentionProblem, batch: &Ba
     let kernel = entry.prepare(device, problem).unwrap();
     let alloc = |bytes: u64| device.alloc(bytes, "data").unwrap();
     let (rows, slots) = (u64::from(batch.rows()), u64::from(batch.pool_pages * batch.page_size));
-    let (q, new, out) = (alloc(rows * 4 * 64 * 4), alloc(rows * 4 * 64 * 4), alloc(rows * 4 * 64 * 4));
+    let (q, new, out) = (alloc(rows * 4 * 64 * 4), alloc(rows * 8 * 64 * 4), alloc(rows * 4 * 64 * 4));
     let (k, v) = (alloc(slots * 2 * 64 * 4), alloc(slots * 2 * 64 * 4));
     let io = AttentionIo::new(&q, &k, &v, &out);
-    let store = StoreKv::from_rows(&new, 4 * 64, 0, 128, &k, &v);
+    let store = StoreKv::from_rows(&new, 8 * 64, 256, 384, &k, &v);
+    let (table, positions, weight) = (alloc(64 * 4), alloc(rows * 4), alloc(64 * 4));
+    let rotation = Rotation {
+        table: table.whole(),
+        table_positions: 1,
+        dim: 64,
+        first: 0,
+        interleaved: false,
+        positions: positions.whole(),
+    };
+    let norm = Some(HeadNorm { weight: weight.whole(), eps: 1e-6 });
+    let mut rotated = StoreRotated::new(store, rotation);
+    rotated.k_norm = norm;
+    rotated.queries = Some(RotatedQueries { offset: 0, norm, out: q.whole() });
     let other = alloc(8192);
     let words = vec![0u32; 512];
 
@@ -35,6 +51,10 @@ fn fewest(device: &Device, backend: &str, problem: &AttentionProblem, batch: &Ba
         let warm = kernel.plan(batch).unwrap();
         for _ in 0..LAYERS + round {
             kernel.store_kv(&mut commands, &warm, &store).unwrap();
+            let before = commands.dispatches();
+            let one = kernel.store_rotated(&mut commands, &warm, &rotated).unwrap();
+            assert_eq!(one, ROTATING.contains(&backend), "{backend}");
+            assert_eq!(commands.dispatches() - before, u64::from(one), "{backend}");
             kernel.encode(&mut commands, &warm, &io).unwrap();
         }
         drop(warm);
@@ -44,6 +64,7 @@ fn fewest(device: &Device, backend: &str, problem: &AttentionProblem, batch: &Ba
         let plan = plan.unwrap();
         let encoded = measure(|| {
             kernel.store_kv(&mut commands, &plan, &store).unwrap();
+            let _ = kernel.store_rotated(&mut commands, &plan, &rotated).unwrap();
             kernel.encode(&mut commands, &plan, &io).unwrap();
         });
         let counts = [planned, write, encoded].map(|counted| counted.count_total);

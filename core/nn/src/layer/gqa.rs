@@ -1,6 +1,6 @@
 //! Grouped-query attention of a layer.
 
-use polyattn_api::{AttentionIo, StoreKv};
+use polyattn_api::AttentionIo;
 use polyattn_device::{Buffer, BufferSlice, Commands};
 
 use super::{LayerAttention, LayerInput, LayerLoader, LayerScratch, LayerShape, Rows};
@@ -98,13 +98,12 @@ impl Gqa {
                 accumulate: false,
             },
         )?;
-        let stride = self.qkv.rows;
-        ops::rope(
+        attention.rotate_and_store(
             commands,
             &RopeCall {
                 qkv: scratch.rows.whole(),
                 offset: 0,
-                stride,
+                stride: self.qkv.rows,
                 rows: rows.count,
                 query_heads: self.query_heads,
                 kv_heads: self.kv_heads,
@@ -117,11 +116,7 @@ impl Gqa {
                 q_out: scratch.q.whole(),
                 q_dtype: scratch.q_dtype,
             },
-        )?;
-        let k_offset = self.query_heads * self.head_dim;
-        let v_offset = k_offset + self.kv_heads * self.head_dim;
-        let store = StoreKv::from_rows(&scratch.rows, stride, k_offset, v_offset, attention.k_cache, attention.v_cache);
-        Ok(attention.kernel.store_kv(commands, attention.plan, &store)?)
+        )
     }
 
     /// Adds attention to `x`.

@@ -19,6 +19,7 @@ mod gpu;
 mod shader;
 mod stacked;
 
+use polyattn_api::{HeadNorm, Rotation};
 use polyattn_device::{Buffer, BufferSlice, Commands, DType, Device, DeviceError};
 
 use crate::load::RopePairing;
@@ -70,6 +71,12 @@ pub struct Norm<'a> {
     pub weight: &'a Vector,
     /// Added to the mean square.
     pub eps: f32,
+}
+
+impl<'a> From<Norm<'a>> for HeadNorm<'a> {
+    fn from(norm: Norm<'a>) -> Self {
+        Self { weight: norm.weight.buffer.whole(), eps: norm.eps }
+    }
 }
 
 /// Arguments of [`linear`].
@@ -154,6 +161,19 @@ impl RopeTable {
     #[must_use]
     pub fn buffer(&self) -> &Buffer {
         &self.buffer
+    }
+
+    /// These rotations for rows at `positions`, as kernels take them.
+    #[must_use]
+    pub fn rotation<'a>(&'a self, pairing: RopePairing, positions: BufferSlice<'a>) -> Rotation<'a> {
+        Rotation {
+            table: self.buffer.whole(),
+            table_positions: self.positions,
+            dim: self.dim,
+            first: self.first,
+            interleaved: pairing == RopePairing::Interleaved,
+            positions,
+        }
     }
 
     /// Elements of a head that it rotates.
@@ -334,6 +354,15 @@ pub fn swiglu(commands: &mut Commands, call: &SwigluCall<'_>) -> Result<(), OpEr
 /// # Errors
 /// An odd head size, a table wider than a head, heads beyond the stride, buffers too small; the device.
 pub fn rope(commands: &mut Commands, call: &RopeCall<'_>) -> Result<(), OpError> {
+    check_rope(call)?;
+    if call.rows == 0 || call.query_heads + call.kv_heads == 0 {
+        return Ok(());
+    }
+    if commands.device().is_cpu() { cpu::rope(call) } else { gpu::rope(commands, call) }
+}
+
+/// What [`rope`] checks.
+pub(crate) fn check_rope(call: &RopeCall<'_>) -> Result<(), OpError> {
     let shape = |message: String| Err(OpError::Shape(message));
     if call.head_dim == 0 || !call.head_dim.is_multiple_of(2) {
         return shape(format!("heads of {} elements cannot be rotated", call.head_dim));
@@ -364,7 +393,7 @@ pub fn rope(commands: &mut Commands, call: &RopeCall<'_>) -> Result<(), OpError>
     if let Some(norm) = call.k_norm {
         check_norm("key norm", norm, call.head_dim)?;
     }
-    if commands.device().is_cpu() { cpu::rope(call) } else { gpu::rope(commands, call) }
+    Ok(())
 }
 
 /// The place of each row's largest element, for the rows of a range: `ids[r]`, u32, of f32 `logits` `[_, cols]` for r

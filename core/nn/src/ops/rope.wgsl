@@ -1,4 +1,4 @@
-// One head of one row by workgroup: norm, rotate, and to the queries or back in place.
+// One head of one row by workgroup: norm, rotate (`rotary_wgsl`), and to the queries or back in place.
 
 struct Params {
     rows: u32,
@@ -33,47 +33,6 @@ var<immediate> p: Params;
 @group(0) @binding($K_NORM_AT) var<storage, read> k_norm: array<f32>;
 //end
 
-var<workgroup> head: array<f32, $HEAD_DIM>;
-//if NORM
-var<workgroup> squares: array<f32, 64>;
-//end
-
-fn value(i: u32, query: bool, scale: f32) -> f32 {
-//if Q_NORM
-    if (query) {
-        return head[i] * scale * q_norm[i];
-    }
-//end
-//if K_NORM
-    if (!query) {
-        return head[i] * scale * k_norm[i];
-    }
-//end
-    return head[i];
-}
-
-fn rotated(i: u32, row: u32, query: bool, scale: f32) -> f32 {
-    let own = value(i, query, scale);
-    // Below the first it wraps round to a large number.
-    let at = i - p.first;
-    if (at >= p.dim) {
-        return own;
-    }
-    let pairs = p.dim >> 1u;
-//if INTERLEAVED
-    let pair = at >> 1u;
-    let other = i ^ 1u;
-    let first = (at & 1u) == 0u;
-//end
-//if !INTERLEAVED
-    let first = at < pairs;
-    let pair = select(at - pairs, at, first);
-    let other = select(i - pairs, i + pairs, first);
-//end
-    let turn = table[min(positions[row], p.positions - 1u) * pairs + pair];
-    return own * turn.x + value(other, query, scale) * select(turn.y, -turn.y, first);
-}
-
 @compute @workgroup_size(64)
 fn main(
     @builtin(workgroup_id) workgroup: vec3<u32>,
@@ -87,34 +46,22 @@ fn main(
         return;
     }
     let query = place < p.query_heads;
-    let base = row * p.stride + p.offset + place * $HEAD_DIMu;
+    let base = row * p.stride + p.offset + place * HEAD_DIM;
     var square = 0.0;
-    for (var i = local; i < $HEAD_DIMu; i += 64u) {
+    for (var i = local; i < HEAD_DIM; i += 64u) {
         let v = qkv[base + i];
         head[i] = v;
         square = fma(v, v, square);
     }
-    var scale = 1.0;
-//if NORM
-    squares[local] = square;
+    let scale = head_scale(local, square, select(p.k_eps, p.q_eps, query));
+    turn_head(local, row, query, scale);
     workgroupBarrier();
-    for (var half = 32u; half > 0u; half >>= 1u) {
-        if (local < half) {
-            squares[local] += squares[local + half];
-        }
-        workgroupBarrier();
-    }
-    scale = inverseSqrt(squares[0] / $HEAD_DIM.0 + select(p.k_eps, p.q_eps, query));
-//end
-//if !NORM
-    workgroupBarrier();
-//end
-    for (var pair = local; pair < $HEAD_DIMu / 2u; pair += 64u) {
+    for (var pair = local; pair < HEAD_DIM / 2u; pair += 64u) {
         let i = pair * 2u;
-        let both = vec2<f32>(rotated(i, row, query, scale), rotated(i + 1u, row, query, scale));
+        let both = vec2<f32>(head[i], head[i + 1u]);
 //if QUERIES
         if (query) {
-            let at = (row * p.query_heads + place) * $HEAD_DIMu + i;
+            let at = (row * p.query_heads + place) * HEAD_DIM + i;
 //if WIDE
             q_out[at] = both.x;
             q_out[at + 1u] = both.y;

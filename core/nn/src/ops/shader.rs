@@ -6,6 +6,7 @@
 
 use std::fmt::Write;
 
+use polyattn_api::rotary_wgsl;
 use polyattn_device::{
     Access::{self, Read, ReadWrite},
     DType, wgsl,
@@ -259,6 +260,7 @@ pub(super) fn rope(rope: &Rope) -> Source {
     let flag = |on: bool| u32::from(on).to_string();
     let dtype = rope.queries.unwrap_or(DType::F32);
     let mut text = wgsl::PREAMBLE.to_owned();
+    text += &rotary_wgsl(rope.head_dim, rope.head_dim, rope.interleaved, rope.q_norm, rope.k_norm);
     expand(
         include_str!("rope.wgsl"),
         &[
@@ -268,9 +270,6 @@ pub(super) fn rope(rope: &Rope) -> Source {
             ("Q_NORM", flag(rope.q_norm)),
             ("K_NORM", flag(rope.k_norm)),
             ("K_NORM_AT", (3 + u32::from(rope.queries.is_some()) + u32::from(rope.q_norm)).to_string()),
-            ("NORM", flag(rope.q_norm || rope.k_norm)),
-            ("INTERLEAVED", flag(rope.interleaved)),
-            ("HEAD_DIM", rope.head_dim.to_string()),
         ],
         &mut text,
     );

@@ -1,7 +1,10 @@
 //! New rows of K and V on their way into a cache.
 
 use half::{bf16, f16};
-use polyattn_api::{AttentionBackend, AttentionKind, AttentionProblem, BatchLayout, DType, KvDType, KvLayout, StoreKv};
+use polyattn_api::{
+    AttentionBackend, AttentionKind, AttentionProblem, BatchLayout, Buffer, DType, KvDType, KvLayout, RotatedQueries,
+    Rotation, StoreKv, StoreRotated,
+};
 
 use super::{
     Trials,
@@ -73,16 +76,16 @@ fn store(subject: &Subject, kind: AttentionKind, dtype: DType, stored: DType) ->
     let k_row = heads * kind.query_dim() as usize;
     let v_row = if latent { 0 } else { heads * kind.output_dim() as usize };
     // Rows lie among other things: something in front, between and behind.
-    let (front, stride) = (5usize, k_row + v_row + 11);
+    let q_row = kind.query_heads() as usize * kind.query_dim() as usize;
+    let (front, stride) = (5usize, k_row + v_row + q_row + 11);
     let total = batch.rows() as usize;
     let values: Vec<f32> = (0..front + total * stride).map(|i| ((i * 37 % 1009) as f32 - 504.0) / 64.0).collect();
     let slots = pages as usize * page_size as usize;
     let bytes = |row: usize| slots * row * stored.bytes() as usize;
     let device = &subject.device;
     let rows = device.upload(&values, "rows").map_err(|error| broken(&error))?;
-    let before = |count: usize| device.upload(&vec![BEFORE; count.max(16)], "cache");
-    let k_cache = before(bytes(k_row)).map_err(|error| broken(&error))?;
-    let v_cache = before(bytes(v_row)).map_err(|error| broken(&error))?;
+    let before = |count: usize| device.upload(&vec![BEFORE; count.max(16)], "cache").map_err(|error| broken(&error));
+    let (k_cache, v_cache) = (before(bytes(k_row))?, before(bytes(v_row))?);
 
     let kernel = subject.prepare(device, &problem).map_err(|error| broken(&error))?;
     let plan = kernel.plan(&batch).map_err(|error| broken(&error))?;
@@ -91,31 +94,74 @@ fn store(subject: &Subject, kind: AttentionKind, dtype: DType, stored: DType) ->
     let io = StoreKv::from_rows(&rows, stride as u32, front as u32, (front + k_row) as u32, caches.0, caches.1);
     kernel.store_kv(&mut commands, &plan, &io).map_err(|error| broken(&error))?;
     commands.submit().map_err(|error| broken(&error))?;
-
-    for (name, cache, row, offset) in [("K", &k_cache, k_row, front), ("V", &v_cache, v_row, front + k_row)] {
-        if row == 0 {
-            continue;
-        }
-        let dim = row / heads;
-        let element = stored.bytes() as usize;
-        let mut want = vec![BEFORE; bytes(row)];
-        for sequence in 0..batch.sequences() {
-            let (start, queries) = batch.queries(sequence);
-            for query in 0..queries {
-                let slot = batch.slot(sequence, batch.kv_len[sequence] - queries + query);
-                let from = offset + (start + query) as usize * stride;
-                for (i, value) in values[from..from + row].iter().enumerate() {
-                    let to = (place(slot, i / dim) * dim + i % dim) * element;
-                    want[to..to + element].copy_from_slice(&narrow(*value, stored));
+    let cached = |k_cache: &Buffer, v_cache: &Buffer, step: &str| {
+        for (name, cache, row, offset) in [("K", k_cache, k_row, front), ("V", v_cache, v_row, front + k_row)] {
+            if row == 0 {
+                continue;
+            }
+            let dim = row / heads;
+            let element = stored.bytes() as usize;
+            let mut want = vec![BEFORE; bytes(row)];
+            for sequence in 0..batch.sequences() {
+                let (start, queries) = batch.queries(sequence);
+                for query in 0..queries {
+                    let slot = batch.slot(sequence, batch.kv_len[sequence] - queries + query);
+                    let from = offset + (start + query) as usize * stride;
+                    for (i, value) in values[from..from + row].iter().enumerate() {
+                        let to = (place(slot, i / dim) * dim + i % dim) * element;
+                        want[to..to + element].copy_from_slice(&narrow(*value, stored));
+                    }
                 }
             }
+            let got = device.download::<u8>(cache).map_err(|error| broken(&error))?;
+            if let Some(at) = want.iter().zip(&got).position(|(want, got)| want != got) {
+                let (slot, what) = (
+                    at / element / row,
+                    if want[at] == BEFORE { "nobody's slot was written" } else { "a row is wrong" },
+                );
+                let what = format!("{step}{name} cache: {what}, at byte {at} (token place {slot} of the pool)");
+                return Err(Failure::new(what));
+            }
         }
-        let got = device.download::<u8>(cache).map_err(|error| broken(&error))?;
-        if let Some(at) = want.iter().zip(&got).position(|(want, got)| want != got) {
-            let (slot, what) =
-                (at / element / row, if want[at] == BEFORE { "nobody's slot was written" } else { "a row is wrong" });
-            return Err(Failure::new(format!("{name} cache: {what}, at byte {at} (token place {slot} of the pool)")));
-        }
+        Ok(())
+    };
+    cached(&k_cache, &v_cache, "")?;
+
+    // A kernel that rotates and stores in one step stores the same where nothing turns.
+    let dim = kind.query_dim() / 2 * 2;
+    if latent || dim == 0 {
+        return Ok(());
     }
-    Ok(())
+    let (k_cache, v_cache, q_out) = (before(bytes(k_row))?, before(bytes(v_row))?, before(total * q_row * 4)?);
+    let still: Vec<[f32; 2]> = vec![[1.0, 0.0]; dim as usize / 2];
+    let table = device.upload(still.as_flattened(), "rotations").map_err(|error| broken(&error))?;
+    let positions = device.upload(&vec![0u32; total.max(4)], "positions").map_err(|error| broken(&error))?;
+    let mut store = io;
+    (store.k_cache, store.v_cache) = (k_cache.whole(), v_cache.whole());
+    let rotation = Rotation {
+        table: table.whole(),
+        table_positions: 1,
+        dim,
+        first: 0,
+        interleaved: false,
+        positions: positions.whole(),
+    };
+    let mut io = StoreRotated::new(store, rotation);
+    let q_offset = front + k_row + v_row + 3;
+    io.queries = Some(RotatedQueries { offset: q_offset as u32, norm: None, out: q_out.whole() });
+    let mut commands = device.commands().map_err(|error| broken(&error))?;
+    if !kernel.store_rotated(&mut commands, &plan, &io).map_err(|error| broken(&error))? {
+        return Ok(());
+    }
+    commands.submit().map_err(|error| broken(&error))?;
+    cached(&k_cache, &v_cache, "stored with a rotation, ")?;
+    let wanted: Vec<u8> = (0..total)
+        .flat_map(|row| &values[q_offset + row * stride..][..q_row])
+        .flat_map(|value| narrow(*value, dtype))
+        .collect();
+    let got = device.download::<u8>(&q_out).map_err(|error| broken(&error))?;
+    match wanted.iter().zip(&got).position(|(want, got)| want != got) {
+        Some(at) => Err(Failure::new(format!("stored with a rotation, the queries are wrong at byte {at}"))),
+        None => Ok(()),
+    }
 }
