@@ -179,7 +179,7 @@ fn heads(
     let head = |(number, (blocks, output)): (u32, (Vec<Matrix>, Matrix))| {
         let with_bias = |(block, weight): (u32, Matrix)| {
             let name = format!("{prefix}{number}.{block}.linear.bias");
-            let bias = loader.vector(&[name.clone()])?;
+            let bias = loader.vector(std::slice::from_ref(&name))?;
             match bias.len == hidden {
                 true => Ok((weight, bias)),
                 false => Err(NnError::Shape(format!("tensor '{name}' has {} elements, expected {hidden}", bias.len))),

@@ -132,7 +132,7 @@ fn network(
     let hidden = shape.hidden_size;
     let layer = DecoderLayer::load(&mut loader, shape, |weight| format!("{}{}", names.layer, weight.hf_suffix()))?;
     let dtype = loader.held_as(&names.project)?;
-    let weight = loader.matrix(&[names.project.clone()], 2 * hidden, dtype)?;
+    let weight = loader.matrix(std::slice::from_ref(&names.project), 2 * hidden, dtype)?;
     if weight.rows != hidden {
         return Err(NnError::Shape(format!("'{}' has {} rows, {hidden} are needed", names.project, weight.rows)));
     }

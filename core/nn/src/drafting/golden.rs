@@ -1,5 +1,5 @@
 //! Drafters against tensors of an independent implementation, `tests/golden/make_drafters.py` (feature `test-support`).
-#![expect(clippy::unwrap_used, clippy::missing_panics_doc, reason = "a test's help may fail the test")]
+#![expect(clippy::unwrap_used, reason = "a test's help may fail the test")]
 
 use std::{path::Path, sync::Arc};
 
