@@ -114,9 +114,9 @@ impl AttentionKernel for CpuKernel {
     fn encode(&self, _: &mut Commands, plan: &Plan, io: &AttentionIo<'_>) -> Result<(), BackendError> {
         let (problem, batch) = (&self.problem, plan.batch());
         io.validate(problem, batch)?;
+        plan.made_in(&self.pool)?;
         let items: Vec<Item> = plan.extra().as_chunks().0.iter().map(|words| Item::from_words(*words)).collect();
         let cuts = head_cuts(problem.kind);
-        check_items(&items, &cuts, batch)?;
 
         let q = io.q.buffer().read::<u8>()?;
         let k_cache = io.k_cache.buffer().read::<u8>()?;
@@ -181,28 +181,6 @@ impl AttentionKernel for CpuKernel {
         }
         Ok(())
     }
-}
-
-/// A plan of another kernel has words of another meaning.
-fn check_items(items: &[Item], cuts: &[(u32, u32, u32)], batch: &BatchLayout) -> Result<(), BackendError> {
-    let foreign = || BackendError::Batch("the plan was made by another kernel".into());
-    let mut covered = 0;
-    for (at, item) in items.iter().enumerate() {
-        let cut = cuts[at % cuts.len()];
-        let sequence = item.sequence as usize;
-        if sequence >= batch.sequences()
-            || (item.kv_head, item.first_head, item.heads) != cut
-            || item.queries as usize > ROWS
-            || u64::from(item.first_query) + u64::from(item.queries) > u64::from(batch.queries(sequence).1)
-        {
-            return Err(foreign());
-        }
-        covered += u64::from(item.queries);
-    }
-    if covered != u64::from(batch.rows()) * cuts.len() as u64 || !items.len().is_multiple_of(cuts.len()) {
-        return Err(foreign());
-    }
-    Ok(())
 }
 
 fn within<'a>(bytes: &'a [u8], slice: &BufferSlice<'_>) -> &'a [u8] {

@@ -19,7 +19,7 @@ struct Call {
 var<immediate> call: Call;
 
 // The words of the plan: four, of which the third is the number of items, then sequence and first row of each item.
-const PLAN_HEADER: u32 = 4u;
+const PLAN_HEADER: u32 = 2u;
 
 const LOWEST: f32 = -3.0e38;  // in place of -infinity
 const MASKED: f32 = -2.9e38;  // what is not above it weighs nothing
@@ -67,14 +67,14 @@ fn attend(at: Invocation) {
     // A workgroup beyond the last item repeats the last one without writing; returning early would leave barriers in
     // what a compiler takes for divergent flow.
     let number = at.group.x + at.group.y * at.groups.x;
-    let item = PLAN_HEADER + min(number, extra(2u) - 1u) * 2u;
+    let item = PLAN_HEADER + min(number, extra(1u) - 1u) * 2u;
     let sequence = extra(item);
     let first = extra(item + 1u);
     let kv_head = at.group.z;
     let queries = sequence_queries(sequence);
     let context = sequence_kv_len(sequence) - queries;
     let rows = min(QUADS * 4u, queries * call.group - first);
-    let written = select(0u, rows, number < extra(2u));
+    let written = select(0u, rows, number < extra(1u));
     let lo = keys_of(sequence, first / call.group).x;
     let hi = keys_of(sequence, (first + rows - 1u) / call.group).y;
 

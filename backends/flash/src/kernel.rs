@@ -7,11 +7,8 @@ use polyattn_api::{
 
 use crate::shader::{Exchange, Variant};
 
-/// Begins the words of a plan, so that a plan of another backend is not taken for one of these.
-const TAG: u32 = 0x666c_7368;
-
-/// Words before the work items: tag, vectors of rows, items, heads of a group.
-const HEADER: usize = 4;
+/// Words before the work items: vectors of rows, items.
+const HEADER: usize = 2;
 
 /// Work items that a GPU runs at once, about: with fewer, smaller tiles of rows finish sooner although keys and values
 /// are read more often. No adapter tells its number of cores; this suits large and small ones. Results do not depend
@@ -108,7 +105,7 @@ impl AttentionKernel for Kernel {
         }
         let mut words = self.plans.words();
         words.reserve(HEADER + items as usize * 2);
-        words.extend([TAG, variant.quads, items as u32, self.group()]);
+        words.extend([variant.quads, items as u32]);
         for sequence in 0..batch.sequences() {
             let rows = batch.queries(sequence).1 * self.group();
             words.extend((0..rows).step_by(variant.rows() as usize).flat_map(|first| [sequence as u32, first]));
@@ -123,14 +120,15 @@ impl AttentionKernel for Kernel {
     fn encode(&self, commands: &mut Commands, plan: &Plan, io: &AttentionIo<'_>) -> Result<(), BackendError> {
         let problem = &self.problem;
         io.validate(problem, plan.batch())?;
+        plan.made_in(&self.plans)?;
         let pipeline = match plan.extra() {
-            [TAG, quads, items, group, ..] if *group == self.group() => {
+            [quads, items, ..] => {
                 self.pipelines.iter().find(|(variant, _)| variant.quads == *quads).map(|found| (&found.1, *items))
             }
             _ => None,
         };
         let Some((pipeline, items)) = pipeline else {
-            return Err(BackendError::Batch("the plan was made by another kernel".into()));
+            return Err(BackendError::Batch("the plan has no such items".into()));
         };
         let index = plan.index(commands)?;
         let optional = [

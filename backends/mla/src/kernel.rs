@@ -105,7 +105,10 @@ impl Kernel {
             let tile = u64::from(variant.rows);
             let items: u64 = (0..batch.sequences())
                 .map(|sequence| {
-                    rows(sequence).div_ceil(tile) * u64::from(batch.kv_len[sequence].div_ceil(variant.chunk()))
+                    let queries = batch.queries(sequence).1;
+                    let chunks = |query| plan::chunks(&self.problem, batch, sequence, query, variant.chunk());
+                    let seen = if queries > 0 { chunks(queries - 1).1 - chunks(0).0 } else { 0 };
+                    rows(sequence).div_ceil(tile) * u64::from(seen)
                 })
                 .sum();
             chosen = Some(*variant);
@@ -179,9 +182,10 @@ impl AttentionKernel for Kernel {
     fn encode(&self, commands: &mut Commands, plan: &Plan, io: &AttentionIo<'_>) -> Result<(), BackendError> {
         let problem = &self.problem;
         io.validate(problem, plan.batch())?;
-        let foreign = || BackendError::Batch("the plan was made by another kernel".into());
+        plan.made_in(&self.plans)?;
+        let foreign = || BackendError::Batch("the plan has no such items".into());
         let heads = problem.kind.query_heads();
-        let (rows, rounds) = plan::rounds(plan.extra(), heads).ok_or_else(foreign)?;
+        let (rows, rounds) = plan::rounds(plan.extra()).ok_or_else(foreign)?;
         let partial = self.pipeline(rows)?.ok_or_else(foreign)?;
         let index = plan.index(commands)?;
         let side = |side: Option<u32>| side.unwrap_or(u32::MAX);

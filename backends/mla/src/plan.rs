@@ -2,12 +2,9 @@
 
 use polyattn_api::{AttentionProblem, BackendError, BatchLayout, Mask};
 
-/// Begins the words of a plan, so that a plan of another backend is not taken for one of these.
-pub(crate) const TAG: u32 = 0x6d6c_6174;
-
-/// Words of the header: tag, rows of an item, heads, query rows. Three facts of each query row follow (first state, first
+/// Words of the header: rows of an item, query rows. Three facts of each query row follow (first state, first
 /// chunk, chunk behind the last), then the rounds, each before its items.
-pub(crate) const HEADER: usize = 4;
+pub(crate) const HEADER: usize = 2;
 
 /// Words of a round: items, first query row, query rows, states.
 pub(crate) const ROUND: usize = 4;
@@ -59,7 +56,7 @@ pub(crate) fn words(
     if u64::from(batch.rows()) * u64::from(heads) / u64::from(cut.rows) > MOST_ITEMS {
         return Err(too_many());
     }
-    words.extend([TAG, cut.rows, heads, batch.rows()]);
+    words.extend([cut.rows, batch.rows()]);
     words.resize(HEADER + batch.rows() as usize * 3, 0);
     // Where the round stands that is being filled.
     let mut round = None;
@@ -135,9 +132,9 @@ fn push(
     Some(((words.len() - before) / ITEM) as u32)
 }
 
-/// The rows of an item and the rounds of a plan; `None` for the plan of another kernel.
-pub(crate) fn rounds(words: &[u32], heads: u32) -> Option<(u32, impl Iterator<Item = Round>)> {
-    let [TAG, rows, of, query_rows, ..] = words else { return None };
+/// The rows of an item and the rounds of a plan's words.
+pub(crate) fn rounds(words: &[u32]) -> Option<(u32, impl Iterator<Item = Round>)> {
+    let [rows, query_rows, ..] = words else { return None };
     let mut at = HEADER + *query_rows as usize * 3;
     let rounds = std::iter::from_fn(move || {
         let [items, first_row, rows, states] = *words.get(at..)?.first_chunk::<ROUND>()?;
@@ -145,11 +142,17 @@ pub(crate) fn rounds(words: &[u32], heads: u32) -> Option<(u32, impl Iterator<It
         at += ROUND + items as usize * ITEM;
         Some(Round { first_item, items, first_row, rows, states })
     });
-    (*of == heads).then_some((*rows, rounds))
+    Some((*rows, rounds))
 }
 
 /// First chunk that a query row sees, and the chunk behind the last one. Both never fall from row to row.
-fn chunks(problem: &AttentionProblem, batch: &BatchLayout, sequence: usize, query: u32, chunk: u32) -> (u32, u32) {
+pub(crate) fn chunks(
+    problem: &AttentionProblem,
+    batch: &BatchLayout,
+    sequence: usize,
+    query: u32,
+    chunk: u32,
+) -> (u32, u32) {
     let length = batch.kv_len[sequence];
     let position = length - batch.queries(sequence).1 + query;
     let causal = problem.mask != Mask::Tree && batch.is_causal(sequence, problem.mask);

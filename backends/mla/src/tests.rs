@@ -183,7 +183,7 @@ fn rounds_hold_as_many_query_rows_as_the_buffer_has_states_for() {
     let rounds = |states, most_states| {
         let words =
             plan::words(Vec::new(), &problem, &batch, Cut { rows: 16, chunk: 256, states, most_states }).unwrap();
-        let (rows, rounds) = plan::rounds(&words, 9).unwrap();
+        let (rows, rounds) = plan::rounds(&words).unwrap();
         let rounds: Vec<_> = rounds.collect();
         let facts = batch.rows() as usize * 3;
         assert_eq!((rows, rounds[0].first_item as usize), (16, plan::HEADER + facts + plan::ROUND));
@@ -207,6 +207,6 @@ fn rounds_hold_as_many_query_rows_as_the_buffer_has_states_for() {
     let window = problem.window(Some(Window { left: Some(255), right: None }));
     let words = plan::words(Vec::new(), &window, &batch, Cut { rows: 16, chunk: 256, states: 1000, most_states: 1000 })
         .unwrap();
-    let (_, mut rounds) = plan::rounds(&words, 9).unwrap();
+    let (_, mut rounds) = plan::rounds(&words).unwrap();
     assert_eq!(rounds.next().unwrap().states, 9 * (1 + 1 + 2 + 1 + 2));
 }

@@ -174,8 +174,8 @@ fn mistakes_are_typed_errors() {
     outside.push(1, 16, &[1]);
     let error = kernel.plan(&outside).unwrap_err().to_string();
     assert!(error.contains("page_table[0][0] is 1, the cache has 1 pages"), "{error}");
-    let mut huge = BatchLayout::new(1 << 28, 1);
-    huge.push(1 << 28, 1 << 28, &[0]);
+    let mut huge = BatchLayout::new(1 << 24, 1);
+    huge.push(1 << 24, 1 << 24, &[0]);
     let error = kernel.plan(&huge).unwrap_err().to_string();
     assert!(error.contains("work items"), "{error}");
 

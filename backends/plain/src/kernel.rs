@@ -55,6 +55,7 @@ impl AttentionKernel for Kernel {
 
     fn encode(&self, commands: &mut Commands, plan: &Plan, io: &AttentionIo<'_>) -> Result<(), BackendError> {
         io.validate(&self.problem, plan.batch())?;
+        plan.made_in(&self.plans)?;
         let index = plan.index(commands)?;
         // A dimension of a dispatch is limited, so rows beyond the limit go on in z.
         let rows = plan.batch().rows();

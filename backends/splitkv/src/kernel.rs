@@ -99,7 +99,8 @@ impl Kernel {
             let tile = u64::from(variant.rows());
             let items: u64 = (0..batch.sequences())
                 .map(|sequence| {
-                    rows(sequence).div_ceil(tile) * u64::from(batch.kv_len[sequence].div_ceil(variant.chunk()))
+                    let (first, last) = plan::chunks(&self.problem, batch, sequence, variant.chunk());
+                    rows(sequence).div_ceil(tile) * u64::from(last - first)
                 })
                 .sum();
             let items = items * u64::from(self.problem.kind.kv_heads());
@@ -142,7 +143,7 @@ impl Kernel {
     fn states(&self, bytes: u64) -> Result<Buffer, BackendError> {
         let mut states = self.states.lock();
         if states.bytes() < bytes {
-            let room = bytes.next_power_of_two().min(self.device.facts().limits.binding_bytes & !3);
+            let room = bytes.next_power_of_two().min(self.device.facts().limits.binding_bytes & !15);
             *states = self.device.alloc(room.max(bytes), "partial states")?;
         }
         Ok(states.clone())
@@ -190,8 +191,9 @@ impl AttentionKernel for Kernel {
     fn encode(&self, commands: &mut Commands, plan: &Plan, io: &AttentionIo<'_>) -> Result<(), BackendError> {
         let problem = &self.problem;
         io.validate(problem, plan.batch())?;
-        let foreign = || BackendError::Batch("the plan was made by another kernel".into());
-        let (tiles, rounds) = plan::rounds(plan.extra(), self.group()).ok_or_else(foreign)?;
+        plan.made_in(&self.plans)?;
+        let foreign = || BackendError::Batch("the plan has no such items".into());
+        let (tiles, rounds) = plan::rounds(plan.extra()).ok_or_else(foreign)?;
         let (variant, partial) = self.pipeline(tiles)?.ok_or_else(foreign)?;
         let index = plan.index(commands)?;
         let side = |side: Option<u32>| side.unwrap_or(u32::MAX);

@@ -1,15 +1,12 @@
 //! A batch cut into work items: the host's part of a step.
 
-use polyattn_api::{AttentionProblem, BackendError, BatchLayout, Mask};
+use polyattn_api::{AttentionProblem, BackendError, BatchLayout};
 
 use crate::shader::Variant;
 
-/// Begins the words of a plan, so that a plan of another backend is not taken for one of these.
-pub(crate) const TAG: u32 = 0x7370_6c69;
-
-/// Words of the header: tag, tiles of an item, group, sequences. Three facts of each sequence follow (first state, first
+/// Words of the header: tiles of an item, sequences. Three facts of each sequence follow (first state, first
 /// chunk, chunk behind the last), then the rounds, each before its items.
-pub(crate) const HEADER: usize = 4;
+pub(crate) const HEADER: usize = 2;
 
 /// Words of a round: items, first row, rows, states.
 pub(crate) const ROUND: usize = 4;
@@ -45,7 +42,7 @@ pub(crate) fn words(
     let heads = problem.kind.query_heads();
     let group = heads / problem.kind.kv_heads();
     let sequences = batch.sequences();
-    words.extend([TAG, variant.tiles, group, sequences as u32]);
+    words.extend([variant.tiles, sequences as u32]);
     words.resize(HEADER + sequences * 3, 0);
     let mut items = 0;
     // Where the round stands that is being filled.
@@ -55,8 +52,7 @@ pub(crate) fn words(
         if queries == 0 {
             continue;
         }
-        let (lo, hi) = keys(problem, batch, sequence, 0, queries - 1);
-        let chunks = (lo / chunk_keys, hi.div_ceil(chunk_keys));
+        let chunks = chunks(problem, batch, sequence, chunk_keys);
         let rows_of = u64::from(queries) * u64::from(group);
         items += rows_of.div_ceil(u64::from(rows)) * u64::from((chunks.1 - chunks.0).div_ceil(run));
         if items > MOST_ITEMS {
@@ -72,7 +68,7 @@ pub(crate) fn words(
             return Err(BackendError::Batch(format!(
                 "sequence {sequence} with {queries} query rows over {} keys has {states} partial states, one buffer \
                  holds {most_states}",
-                hi - lo
+                batch.kv_len[sequence]
             )));
         }
         let at = match round {
@@ -99,9 +95,9 @@ pub(crate) fn words(
     Ok(words)
 }
 
-/// The tiles of an item and the rounds of a plan; `None` for the plan of another kernel.
-pub(crate) fn rounds(words: &[u32], group: u32) -> Option<(u32, impl Iterator<Item = Round>)> {
-    let [TAG, tiles, of, sequences, ..] = words else { return None };
+/// The tiles of an item and the rounds of a plan's words.
+pub(crate) fn rounds(words: &[u32]) -> Option<(u32, impl Iterator<Item = Round>)> {
+    let [tiles, sequences, ..] = words else { return None };
     let mut at = HEADER + *sequences as usize * 3;
     let rounds = std::iter::from_fn(move || {
         let [items, first_row, rows, states] = *words.get(at..)?.first_chunk::<ROUND>()?;
@@ -109,17 +105,17 @@ pub(crate) fn rounds(words: &[u32], group: u32) -> Option<(u32, impl Iterator<It
         at += ROUND + items as usize * ITEM;
         Some(Round { first_item, items, first_row, rows, states })
     });
-    (*of == group).then_some((*tiles, rounds))
+    Some((*tiles, rounds))
 }
 
-/// First key that rows `first` to `last` of a sequence see, and the key behind the last one.
-fn keys(problem: &AttentionProblem, batch: &BatchLayout, sequence: usize, first: u32, last: u32) -> (u32, u32) {
-    let length = batch.kv_len[sequence];
-    let context = length - batch.queries(sequence).1;
-    let causal = problem.mask != Mask::Tree && batch.is_causal(sequence, problem.mask);
-    let (left, right) = problem.window.map_or((None, None), |window| (window.left, window.right));
-    let lo = left.map_or(0, |left| (context + first).saturating_sub(left));
-    let position = context + last;
-    let hi = if causal { position + 1 } else { length };
-    (lo, right.map_or(hi, |right| hi.min(position.saturating_add(right).saturating_add(1))))
+/// First chunk that a sequence's rows see, and the chunk behind the last one.
+pub(crate) fn chunks(problem: &AttentionProblem, batch: &BatchLayout, sequence: usize, chunk: u32) -> (u32, u32) {
+    let (length, queries) = (batch.kv_len[sequence], batch.queries(sequence).1);
+    if queries == 0 {
+        return (0, 0);
+    }
+    // The first row sees least to the right and most to the left; the last one sees the last key at least.
+    let left = problem.window.and_then(|window| window.left);
+    let lo = left.map_or(0, |left| (length - queries).saturating_sub(left));
+    (lo / chunk, length.div_ceil(chunk))
 }

@@ -74,7 +74,7 @@ fn sequences_share_rounds_up_to_the_buffers_size() {
     }
     let rounds = |most| {
         let words = plan::words(Vec::new(), &problem, &batch, variant, 1, most).unwrap();
-        let (tiles, rounds) = plan::rounds(&words, 2).unwrap();
+        let (tiles, rounds) = plan::rounds(&words).unwrap();
         let rounds: Vec<_> = rounds.collect();
         assert_eq!((tiles, rounds[0].first_item as usize), (1, plan::HEADER + 4 * 3 + plan::ROUND));
         // Rounds follow one another, each behind the last one's items.
@@ -90,7 +90,7 @@ fn sequences_share_rounds_up_to_the_buffers_size() {
     let error = plan::words(Vec::new(), &problem, &batch, variant, 1, 63).unwrap_err().to_string();
     // A sequence of one chunk keeps no state where it is answered at once.
     let direct = plan::words(Vec::new(), &problem, &batch, Variant { direct: true, ..variant }, 1, 1000).unwrap();
-    let (_, rounds) = plan::rounds(&direct, 2).unwrap();
+    let (_, rounds) = plan::rounds(&direct).unwrap();
     assert_eq!(rounds.map(|round| round.states).collect::<Vec<_>>(), [96]);
     // Runs cover the same chunks: of the sequence of 8 chunks, items of 3, 3 and 2.
     let runs = plan::words(Vec::new(), &problem, &batch, variant, 3, 1000).unwrap();

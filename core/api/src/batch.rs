@@ -170,6 +170,13 @@ impl BatchLayout {
         if u64::from(self.pool_pages) * u64::from(self.page_size) > u64::from(u32::MAX) {
             return fail(format!("{} pages of {} tokens exceed 32 bits", self.pool_pages, self.page_size));
         }
+        // Kernels count elements in 32 bits.
+        let row =
+            u64::from(problem.kind.kv_heads()) * u64::from(problem.kind.query_dim().max(problem.kind.output_dim()));
+        let slots = u64::from(self.pool_pages) * u64::from(self.page_size);
+        if slots.saturating_mul(row) > 1 << 32 {
+            return fail(format!("{slots} tokens of {row} elements in one cache exceed 32 bits"));
+        }
         match &self.causal {
             Some(causal) if causal.len() != batch => {
                 return fail(format!("causal has {} entries for {batch} sequences", causal.len()));

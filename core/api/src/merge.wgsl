@@ -27,6 +27,7 @@ fn merge(
     let a = lse[state];
     let b = other_lse[state];
     // One thread writes what all have read.
+    storageBarrier();
     workgroupBarrier();
     if (number < call.count && bitcast<u32>(b) != NOTHING) {
         let fresh = bitcast<u32>(a) == NOTHING;

@@ -34,6 +34,14 @@ struct Packed {
     extra: Vec<u32>,
     index: Vec<u32>,
     buffer: Option<Buffer>,
+    shared_slot: Option<SharedSlot>,
+}
+
+/// A slot of the cache that rows of two sequences would be stored in.
+#[derive(Clone, Copy, Debug)]
+struct SharedSlot {
+    slot: u64,
+    sequences: [u32; 2],
 }
 
 impl PlanPool {
@@ -41,6 +49,11 @@ impl PlanPool {
     #[must_use]
     pub fn words(&self) -> Vec<u32> {
         self.0.lock().words.pop().unwrap_or_default()
+    }
+
+    fn give_back(&self, mut words: Vec<u32>) {
+        words.clear();
+        self.0.lock().words.push(words);
     }
 
     /// One that nobody uses, if possible with a buffer of `bytes`.
@@ -61,7 +74,7 @@ impl PlanPool {
         let mut pool = self.0.lock();
         pool.plans.push(Arc::clone(packed));
         // Callers that bring words of their own would fill it without end.
-        if pool.words.len() < pool.plans.len() {
+        if pool.words.len() <= pool.plans.len() {
             words.clear();
             pool.words.push(words);
         }
@@ -72,6 +85,7 @@ impl PlanPool {
 #[derive(Clone, Debug)]
 pub struct Plan {
     packed: Arc<Packed>,
+    pool: PlanPool,
     parts: Vec<Plan>,
 }
 
@@ -95,6 +109,7 @@ impl Plan {
         let in_use = || BackendError::Batch("the plan's memory is in use".into());
         let inner = Arc::get_mut(&mut packed).ok_or_else(in_use)?;
         inner.batch.copy_from(batch);
+        inner.shared_slot = shared_slot(batch, pool);
         let spare = std::mem::replace(&mut inner.extra, extra);
         if !device.is_cpu() {
             pack(&mut inner.index, &places, problem, batch, &inner.extra);
@@ -107,7 +122,7 @@ impl Plan {
             inner.buffer = Some(buffer);
         }
         pool.put(&packed, spare);
-        Ok(Self { packed, parts: Vec::new() })
+        Ok(Self { packed, pool: pool.clone(), parts: Vec::new() })
     }
 
     /// With the plans of the parts that a kernel serves it by, such as those of a [`Cascade`](crate::Cascade).
@@ -129,6 +144,27 @@ impl Plan {
         &self.packed.batch
     }
 
+    /// Checks that it was made in this pool: a kernel can trust the words of its own plans, and no others.
+    ///
+    /// # Errors
+    /// It was made by another kernel.
+    pub fn made_in(&self, pool: &PlanPool) -> Result<(), BackendError> {
+        match Arc::ptr_eq(&self.pool.0, &pool.0) {
+            true => Ok(()),
+            false => Err(BackendError::Batch("the plan was made by another kernel".into())),
+        }
+    }
+
+    /// Checks that each row has a slot of the cache to itself, so that K and V can be stored.
+    pub(crate) fn stores(&self) -> Result<(), BackendError> {
+        match self.packed.shared_slot {
+            None => Ok(()),
+            Some(SharedSlot { slot, sequences: [first, second] }) => Err(BackendError::Batch(format!(
+                "sequences {first} and {second} both store a row in slot {slot} of the cache"
+            ))),
+        }
+    }
+
     /// The backend's own words.
     #[must_use]
     pub fn extra(&self) -> &[u32] {
@@ -146,6 +182,33 @@ impl Plan {
         commands.keep(Arc::clone(&self.packed) as Arc<_>);
         Ok(buffer.whole())
     }
+}
+
+/// A slot that two rows of a valid batch would be stored in.
+fn shared_slot(batch: &BatchLayout, pool: &PlanPool) -> Option<SharedSlot> {
+    // Of each page that rows go to: the page, its first and last slot of those, the sequence.
+    const WORDS: usize = 4;
+    let mut parts = pool.words();
+    for sequence in 0..batch.sequences() {
+        let end = batch.kv_len[sequence];
+        let mut position = end - batch.queries(sequence).1;
+        while position < end {
+            let offset = position % batch.page_size;
+            let count = (batch.page_size - offset).min(end - position);
+            let page = (batch.slot(sequence, position) / batch.page_size as usize) as u32;
+            parts.extend([page, offset, offset + count - 1, sequence as u32]);
+            position += count;
+        }
+    }
+    let (parts_of_pages, _) = parts.as_chunks_mut::<WORDS>();
+    parts_of_pages.sort_unstable();
+    let shared = parts_of_pages.windows(2).find(|pair| pair[0][0] == pair[1][0] && pair[1][1] <= pair[0][2]);
+    let shared = shared.map(|pair| SharedSlot {
+        slot: u64::from(pair[1][0]) * u64::from(batch.page_size) + u64::from(pair[1][1]),
+        sequences: [pair[0][3], pair[1][3]],
+    });
+    pool.give_back(parts);
+    shared
 }
 
 /// Where the parts of an index begin, in words.

@@ -5,7 +5,7 @@ use polyattn_device::{Access, BufferSlice, Commands, DType, Device, DeviceError,
 
 use crate::{
     AttentionKind, AttentionProblem, BATCH_WGSL, BackendError, KvDType, KvLayout, Plan, StoreKv,
-    store::{Rows, helpers, word},
+    store::{MOST_ROWS, Rows, helpers, word},
 };
 
 /// A rotation of heads by position (RoPE, arXiv 2104.09864): of each pair (a, b) it makes
@@ -98,6 +98,7 @@ impl<'a> StoreRotated<'a> {
         if commands.device().is_cpu() || !form.fits(commands.device()) {
             return Ok(false);
         }
+        plan.stores()?;
         let batch = plan.batch();
         let (k, v) = Rows::of(problem.kind, &self.store, true);
         for rows in [Some(&k), v.as_ref()].into_iter().flatten() {
@@ -140,7 +141,8 @@ impl<'a> StoreRotated<'a> {
             slices[bound] = slice;
             bound += 1;
         }
-        let groups = [call.query_heads + 2 * kv_heads, batch.rows(), 1];
+        let rows = batch.rows();
+        let groups = [call.query_heads + 2 * kv_heads, rows.min(MOST_ROWS), rows.div_ceil(MOST_ROWS)];
         commands.dispatch(&pipeline, &slices[..bound], bytemuck::bytes_of(&call), groups)?;
         Ok(true)
     }
@@ -328,6 +330,7 @@ impl Form {
             )
         };
         let main = include_str!("rotated.wgsl")
+            .replace("MOST_ROWS", &MOST_ROWS.to_string())
             .replace("QUERIES", &queries)
             .replace("SCALE", scale)
             .replace("K_STORE", &store("k", head_dim))

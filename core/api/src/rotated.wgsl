@@ -25,7 +25,8 @@ var<immediate> p: Call;
 
 @compute @workgroup_size(64)
 fn store_rotated(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) local: u32) {
-    let row = workgroup.y;
+    let row = workgroup.y + workgroup.z * MOST_ROWSu;
+    if (row >= batch_rows()) { return; }
     let place = workgroup.x;
     let query = place < p.query_heads;
     let key = !query && place < p.query_heads + p.kv_heads;

@@ -9,6 +9,9 @@ use crate::{
     narrow,
 };
 
+/// Rows along one dimension of a dispatch: what every device allows.
+pub(crate) const MOST_ROWS: u32 = 65_535;
+
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
 struct Immediates {
@@ -114,6 +117,7 @@ pub(crate) fn store_kv(
     let (dtype, layout) = (problem.kv_dtype, problem.kv_layout);
     // Where the heads of a token follow each other and need no scale, its row is copied whole.
     let (k, v) = Rows::of(problem.kind, io, layout == KvLayout::PageHeadToken || dtype == KvDType::Q8);
+    plan.stores()?;
     let batch = plan.batch();
     for rows in [Some(&k), v.as_ref()].into_iter().flatten() {
         rows.validate(batch, dtype)?;
@@ -138,7 +142,11 @@ pub(crate) fn store_kv(
         v_offset: io.v_offset,
         v_stride: io.v_stride,
     };
-    let groups = [(immediates.k_words.max(immediates.v_words) * k.parts).div_ceil(64), batch.rows(), 1];
+    let groups = [
+        (immediates.k_words.max(immediates.v_words) * k.parts).div_ceil(64),
+        batch.rows().min(MOST_ROWS),
+        batch.rows().div_ceil(MOST_ROWS),
+    ];
     let index = plan.index(commands)?;
     let mut slices = [index; 7];
     let mut bound = 1;
@@ -214,7 +222,7 @@ fn source(form: Form) -> String {
     if form.with_v {
         stores += &store.replace("T_", "v_");
     }
-    let main = include_str!("store.wgsl").replace("STORE", &stores);
+    let main = include_str!("store.wgsl").replace("STORE", &stores).replace("MOST_ROWS", &MOST_ROWS.to_string());
     [wgsl::PREAMBLE, BATCH_WGSL, form.layout.wgsl(), &helpers(form.dtype), &bindings, &main].concat()
 }
 

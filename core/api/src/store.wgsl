@@ -1,4 +1,4 @@
-// One invocation writes one word of one row: x counts the words of K, and of V; y counts rows. A row has as many parts
+// One invocation writes one word of one row: x counts the words of K, and of V; y and z count rows. A row has as many parts
 // as it has places in the cache, one for each head or one for all of them.
 struct Call {
     parts: u32,
@@ -15,7 +15,7 @@ var<immediate> call: Call;
 
 @compute @workgroup_size(64)
 fn store(@builtin(global_invocation_id) id: vec3<u32>) {
-    let r = id.y;
+    let r = id.y + id.z * MOST_ROWSu;
     if (r >= batch_rows()) { return; }
     let s = row_sequence(r);
     let to = slot(s, sequence_kv_len(s) - sequence_queries(s) + r - sequence_start(s));

@@ -102,6 +102,62 @@ fn rows_arrive_in_their_slots() {
     }
 }
 
+/// More rows than one dimension of a dispatch holds.
+#[test]
+fn many_rows_are_stored() {
+    const ROWS: u32 = 66_000;
+    let kind = AttentionKind::Gqa { query_heads: 1, kv_heads: 1, head_dim: 8, value_dim: 8 };
+    let mut batch = BatchLayout::new(1, ROWS);
+    for row in 0..ROWS {
+        batch.push(1, 1, &[(ROWS - 1 - row) as i32]);
+    }
+    let rows: Vec<f32> = (0..ROWS * 16).map(|i| i as f32).collect();
+    for device in devices() {
+        let problem = AttentionProblem::new(kind, DType::F32).page_size(1);
+        let kernel = Store { device: device.clone(), problem, pool: PlanPool::default() };
+        let source = device.upload(&rows, "rows").unwrap();
+        let [k_cache, v_cache] = ["k", "v"].map(|name| device.upload(&vec![-1f32; ROWS as usize * 8], name).unwrap());
+        let mut commands = device.commands().unwrap();
+        let plan = kernel.plan(&batch).unwrap();
+        kernel.store_kv(&mut commands, &plan, &StoreKv::from_rows(&source, 16, 0, 8, &k_cache, &v_cache)).unwrap();
+        let _ = commands.submit().unwrap();
+        for (cache, offset) in [(&k_cache, 0), (&v_cache, 8)] {
+            let got: Vec<f32> = device.download(cache).unwrap();
+            let wrong = (0..ROWS as usize * 8).find(|at| {
+                let row = ROWS as usize - 1 - at / 8;
+                got[*at] != rows[row * 16 + offset + at % 8]
+            });
+            assert_eq!(wrong, None, "{}", device.facts().name);
+        }
+    }
+}
+
+/// A slot has one row to write it.
+#[test]
+fn rows_that_share_a_slot_are_refused() {
+    let kind = AttentionKind::Gqa { query_heads: 1, kv_heads: 1, head_dim: 8, value_dim: 8 };
+    let device = Device::cpu();
+    let problem = AttentionProblem::new(kind, DType::F32);
+    let kernel = Store { device: device.clone(), problem, pool: PlanPool::default() };
+    let [rows, k, v] = [1024, 2048, 2048].map(|bytes| device.alloc(bytes, "test").unwrap());
+    let store = |sequences: [(u32, u32, &[i32]); 2]| {
+        let mut batch = BatchLayout::new(4, 9);
+        for (queries, length, pages) in sequences {
+            batch.push(queries, length, pages);
+        }
+        let plan = kernel.plan(&batch).unwrap();
+        let mut commands = device.commands().unwrap();
+        kernel.store_kv(&mut commands, &plan, &StoreKv::from_rows(&rows, 16, 0, 8, &k, &v))
+    };
+    // A page in common is none of the store's business where only one of them writes there, or each elsewhere.
+    store([(2, 6, &[3, 1]), (1, 5, &[3, 2])]).unwrap();
+    store([(2, 2, &[3]), (2, 4, &[3])]).unwrap();
+    let error = store([(2, 6, &[3, 1]), (3, 7, &[2, 1])]).unwrap_err().to_string();
+    assert!(error.contains("sequences 0 and 1 both store a row in slot 4 of the cache"), "{error}");
+    let error = store([(1, 1, &[0]), (6, 8, &[5, 5])]).unwrap_err().to_string();
+    assert!(error.contains("sequences 1 and 1 both store a row in slot 22"), "{error}");
+}
+
 /// Every format in both layouts: one set of bytes on all devices, each number within half a step of its format.
 #[test]
 fn narrow_caches_are_alike_everywhere() {

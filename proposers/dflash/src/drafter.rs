@@ -86,9 +86,8 @@ struct Memory {
 pub struct Stages<'a> {
     /// `fc` of the rows committed last, before its norm, `[rows, hidden]` f32.
     pub fused: &'a Buffer,
-    /// Keys (normed and rotated) and values of the rows committed last, for each layer: `[rows, layers, 2, kv_heads,
-    /// head_dim]` f32.
-    pub context: &'a Buffer,
+    /// Caches of keys and of values, layer by layer, in the layout and format of the draft's kernels.
+    pub caches: Vec<[&'a Buffer; 2]>,
     /// Output of the last layer for the block drafted last, `[block, hidden]` f32.
     pub hidden: &'a Buffer,
     /// The same behind the final norm.
@@ -228,7 +227,8 @@ impl DFlashDrafter {
     #[must_use]
     pub fn stages(&self) -> Stages<'_> {
         let memory = &self.memory;
-        Stages { fused: &memory.fused, context: &memory.context, hidden: &memory.hidden, normed: &memory.normed }
+        let caches = self.layers.iter().map(|layer| [&layer.k_cache, &layer.v_cache]).collect();
+        Stages { fused: &memory.fused, caches, hidden: &memory.hidden, normed: &memory.normed }
     }
 
     fn plans(&self, batch: &BatchLayout) -> Result<Vec<Plan>, BackendError> {

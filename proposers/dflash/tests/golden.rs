@@ -5,6 +5,7 @@
 
 use std::{path::PathBuf, sync::Arc};
 
+use half::{bf16, f16};
 use polyattn_api::{
     Buffer, BufferSlice, Commands, CommittedRows, DType, Device, DraftAttention, DraftSequence, Drafter, EngineConfig,
     LoadContext, Outcome, Phase, Proposal, ProposeContext, Proposer, ProposerError, Registry, Role, TargetFacts,
@@ -70,6 +71,17 @@ impl Golden {
     }
 }
 
+/// What a cache holds.
+fn floats_of(device: &Device, cache: &Buffer, dtype: DType) -> Vec<f32> {
+    let bytes: Vec<u8> = device.download(cache).unwrap();
+    match dtype {
+        DType::F32 => bytemuck::pod_collect_to_vec(&bytes),
+        DType::F16 => bytemuck::pod_collect_to_vec::<u8, f16>(&bytes).into_iter().map(f16::to_f32).collect(),
+        DType::BF16 => bytemuck::pod_collect_to_vec::<u8, bf16>(&bytes).into_iter().map(bf16::to_f32).collect(),
+        other => panic!("no cache of {other}"),
+    }
+}
+
 fn assert_close(got: &[f32], want: &[f32], tolerance: f32, what: &str) {
     assert!(got.len() >= want.len(), "{what}: {} elements instead of {}", got.len(), want.len());
     for (place, (got, want)) in got.iter().zip(want).enumerate() {
@@ -116,6 +128,7 @@ fn check_on(device: &Device, case: &str, target_layers: u32, tolerance: f32) {
             DraftAttention::new(Arc::clone(&layer.problem.layer), kernel)
         })
         .collect();
+    let layout = attention[0].kernel.problem().kv_layout;
     let mut context = LoadContext::new(device, &target, draft_config);
     context.checkpoint = Some(&folder);
     context.attention = &attention;
@@ -155,12 +168,15 @@ fn check_on(device: &Device, case: &str, target_layers: u32, tolerance: f32) {
         drafter.commit(&mut Outcome::new(&mut commands, &committed, Some(&taps), &lender)).unwrap();
         let _ = commands.submit().unwrap();
 
-        let kv: Vec<f32> = device.download(drafter.stages().context).unwrap();
-        let half = kv_heads * head_dim;
         for layer in 0..layers {
-            for (part, offset) in [("k_ctx", 0), ("v_ctx", half)] {
-                let got: Vec<f32> = (0..rows)
-                    .flat_map(|row| kv[row * layers * 2 * half + layer * 2 * half + offset..][..half].to_vec())
+            for (part, cache) in ["k_ctx", "v_ctx"].into_iter().zip(drafter.stages().caches[layer]) {
+                let cache = floats_of(device, cache, draft_config.model.dtype);
+                let got: Vec<f32> = (first as usize..position as usize)
+                    .flat_map(|position| {
+                        let slot = PAGES[position / 4] as usize * 4 + position % 4;
+                        (0..kv_heads).map(move |head| layout.row(slot, head, kv_heads, 4) * head_dim)
+                    })
+                    .flat_map(|place| cache[place..][..head_dim].to_vec())
                     .collect();
                 let want = golden.floats(&name(&format!("{part}.{layer}")));
                 assert_close(&got, &want, tolerance, &format!("{what}: {step} {part}.{layer}"));

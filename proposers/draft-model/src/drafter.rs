@@ -97,7 +97,8 @@ impl ModelDrafter {
         let cache = (0..config.layers)
             .map(|layer| Ok((cache("key", layer)?, cache("value", layer)?)))
             .collect::<Result<Vec<_>, NnError>>()?;
-        let rows = context.max_rows.max(context.max_sequences);
+        // Beside the rows of a pass of the target's, each sequence may have a page of tokens that waits to be run.
+        let rows = context.max_rows + context.max_sequences * context.page_size;
         let words = |count: u32| u64::from(count) * 4;
         let sequences = context.max_sequences;
         let hidden = words(sequences) * u64::from(config.hidden_size);

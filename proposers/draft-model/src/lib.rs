@@ -65,6 +65,13 @@ fn open(path: &Path, target: &TargetFacts) -> Result<ModelSource, ProposerError>
             path.display()
         )));
     }
+    if let Some(experts) = &source.config.experts {
+        return Err(ProposerError::Unsupported(format!(
+            "{} has mixtures of {} experts, a draft model has none",
+            path.display(),
+            experts.experts
+        )));
+    }
     Ok(source)
 }
 

@@ -7,7 +7,7 @@ use std::{ops::ControlFlow, path::PathBuf};
 use polyattn_api::{BackendName, Registry, TargetFacts};
 use polyattn_device::Device;
 use polyattn_e2e::{assert_same_up_to_ties, devices, engine, greedy, margins, tests_folder};
-use polyattn_engine::{Engine, EngineOptions, Request, Sampling, SpeculativeOptions, StopReason};
+use polyattn_engine::{Engine, EngineOptions, Happened, Request, Sampling, SpeculativeOptions, StopReason};
 use polyattn_nn::load::ModelSource;
 use serde_json::Value;
 
@@ -179,4 +179,32 @@ fn a_long_prompt_can_be_given_up() {
     let stopped = engine.generate(&Request::new(vec![1; 30], 4), &mut |_| ControlFlow::Break(())).unwrap();
     assert_eq!((stopped.stop, stopped.tokens.len(), stopped.steps), (StopReason::Cancelled, 0, 0));
     assert_eq!(stopped.calls["cpu"], u64::from(source.config.layers), "one chunk was run");
+}
+
+/// Prompts that fill no page wait for the first draft, which then runs all of them at once.
+#[test]
+fn a_draft_model_takes_many_short_prompts_at_once() {
+    let (source, _) = tiny("qwen3");
+    let own = tests_folder("golden/tiny/qwen3");
+    let asked = EngineOptions::default()
+        .with_context(64)
+        .with_sequences(64)
+        .with_speculative(Some(speculative("draft-model", Some(own))));
+    let mut engine = engine(&source, &Device::cpu(), &asked);
+    for number in 0..64 {
+        let mut request = Request::new((0..15).map(|place| 3 + (number + place * place) % 40).collect(), 6);
+        request.stop = Some(Vec::new());
+        engine.add_request(request).unwrap();
+    }
+    let mut finished = 0;
+    while !engine.is_idle() {
+        for event in engine.step() {
+            if let Happened::Finished(generation) = event.what {
+                assert!(!generation.drafter_lost);
+                assert!(generation.acceptance.unwrap().accepted > 0);
+                finished += 1;
+            }
+        }
+    }
+    assert_eq!(finished, 64);
 }

@@ -1,7 +1,7 @@
 //! Bits, where they are promised.
 
-use polyattn_api::BatchLayout;
-use polyattn_replay::{Case, Outcome};
+use polyattn_api::{BatchLayout, DType, KvDType, Phase};
+use polyattn_replay::{Case, Outcome, random::Spec};
 
 use super::{
     Trials,
@@ -11,36 +11,46 @@ use crate::Failure;
 
 pub(super) fn trials(trials: &mut Trials) {
     let subject = trials.subject.clone();
-    let can = subject.can();
     let Some(phase) = subject.phases().first().copied() else { return };
     for kind in subject.kinds() {
         let Some(mut spec) = subject.spec(kind) else { continue };
-        spec.sequences = vec![(1, 300), (9, 40), (0, 5), (3, 3), (20, 133)];
-        let name = kind_name(kind);
-        if can.deterministic {
-            let spec = spec.clone();
-            trials.add(format!("{name}/bits/the same call gives the same bits"), move |subject| {
-                let case = subject.case(3, &spec, phase);
-                let first = run(subject, &case)?;
-                for _ in 0..3 {
-                    same(subject, &case, &first, &run(subject, &case)?, "again")?;
-                }
-                Ok(())
-            });
+        spec.sequences = vec![(1, 300), (9, 40), (0, 5), (3, 3), (20, 133), (2, 1100)];
+        bits(trials, &spec, phase);
+        // Halves may have arithmetic of their own.
+        if spec.dtype != DType::F16 && subject.formats().contains(&(DType::F16, KvDType::F16)) {
+            (spec.dtype, spec.kv_dtype) = (DType::F16, KvDType::F16);
+            bits(trials, &spec, phase);
         }
-        if can.batch_invariant {
-            trials.add(format!("{name}/bits/a sequence has the same bits alone"), move |subject| {
-                let case = subject.case(4, &spec, phase);
-                let all = run(subject, &case)?;
-                for sequence in 0..case.batch.sequences() {
-                    let one = alone(&case, sequence);
-                    let got = run(subject, &one)?;
-                    let want = part(&case, &all, sequence);
-                    same(subject, &one, &want, &got, &format!("sequence {sequence} alone"))?;
-                }
-                Ok(())
-            });
-        }
+    }
+}
+
+fn bits(trials: &mut Trials, spec: &Spec, phase: Phase) {
+    let can = trials.subject.can().clone();
+    let name = format!("{}/bits/{} over {}", kind_name(spec.kind), spec.dtype, spec.kv_dtype);
+    if can.deterministic {
+        let spec = spec.clone();
+        trials.add(format!("{name}/the same call gives the same bits"), move |subject| {
+            let case = subject.case(3, &spec, phase);
+            let first = run(subject, &case)?;
+            for _ in 0..3 {
+                same(subject, &case, &first, &run(subject, &case)?, "again")?;
+            }
+            Ok(())
+        });
+    }
+    if can.batch_invariant {
+        let spec = spec.clone();
+        trials.add(format!("{name}/a sequence has the same bits alone"), move |subject| {
+            let case = subject.case(4, &spec, phase);
+            let all = run(subject, &case)?;
+            for sequence in 0..case.batch.sequences() {
+                let one = alone(&case, sequence);
+                let got = run(subject, &one)?;
+                let want = part(&case, &all, sequence);
+                same(subject, &one, &want, &got, &format!("sequence {sequence} alone"))?;
+            }
+            Ok(())
+        });
     }
 }
 
