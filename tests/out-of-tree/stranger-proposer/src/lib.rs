@@ -49,8 +49,10 @@ impl Drafter for Counting {
     }
 
     fn propose(&mut self, context: &mut ProposeContext<'_>) -> Result<Proposal, ProposerError> {
-        let drafts =
-            context.sequences.iter().map(|sequence| draft(sequence.tokens, sequence.width.min(MAX_TOKENS) as usize).into());
+        let drafts = context
+            .sequences
+            .iter()
+            .map(|sequence| draft(sequence.tokens, sequence.width.min(MAX_TOKENS) as usize).into());
         Ok(Proposal::Host(drafts.collect()))
     }
 
