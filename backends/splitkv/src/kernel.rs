@@ -104,7 +104,7 @@ impl Kernel {
                 })
                 .sum();
             let items = items * u64::from(self.problem.kind.kv_heads());
-            chosen = Some((*variant, (items / (4 * RESIDENT)).clamp(1, variant.longest_run().into()) as u32));
+            chosen = Some((*variant, (items / (2 * RESIDENT)).clamp(1, variant.longest_run().into()) as u32));
             if items <= RESIDENT || tile >= most {
                 break;
             }

@@ -10,10 +10,10 @@
 //! answered at once. Two kernels answer chunks. Which one does is decided by the formats and the device alone:
 //!
 //! * `cooperative.wgsl`, where queries and cache are halves and the device multiplies 16 × 16 halves as cooperative
-//!   matrices (subgroups of 32). Tiles of 16 rows, up to 4; chunks of 512 keys, in blocks of 64. Keys and values go
-//!   through workgroup memory, each block's into registers while the one before is computed with. Scores and sums leave
-//!   the matrices through workgroup memory, and are scaled and added by ordinary threads in f32; weights are rounded to
-//!   halves. Many rows cost little more than one.
+//!   matrices (subgroups of 32). Tiles of 16 rows, up to 4; chunks of 512 keys (256 where heads have 64 elements at the
+//!   most), in blocks of 64. Keys and values go through workgroup memory, each block's into registers while the one
+//!   before is computed with. Scores and sums leave the matrices through workgroup memory, and are scaled and added by
+//!   ordinary threads in f32; weights are rounded to halves. Many rows cost little more than one.
 //! * `partial.wgsl` on any GPU with subgroups, and for every format. Tiles of 4 rows, up to 16; chunks of 256 keys. 64
 //!   threads serve a tile. They form *streams*, each as wide as a head with 8 elements a thread where subgroups allow: a
 //!   stream takes every so-manieth key of the chunk, reads it with neighbouring 16-byte loads, and keeps an online

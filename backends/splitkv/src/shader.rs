@@ -121,6 +121,8 @@ impl Variant {
     pub(crate) const fn chunk(self) -> u32 {
         match self.products {
             Products::Lanes(_) => 256,
+            // As many bytes for narrow heads as for wide ones, so that there are as many items.
+            Products::Matrices(_) if self.head_dim <= 64 => 256,
             Products::Matrices(_) => 512,
         }
     }
@@ -129,7 +131,7 @@ impl Variant {
     pub(crate) const fn longest_run(self) -> u32 {
         match self.products {
             Products::Lanes(_) => 1,
-            Products::Matrices(_) => 8,
+            Products::Matrices(_) => 16,
         }
     }
 

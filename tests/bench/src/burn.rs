@@ -2,32 +2,62 @@
 //! shared ones are repeated beforehand, and aligns its own causal mask at the top left, so that verification brings an
 //! explicit mask. It gives no GPU timestamps.
 
-use std::time::{Duration, Instant};
+mod contest;
+
+use std::{
+    process::ExitCode,
+    time::{Duration, Instant},
+};
 
 use burn::tensor::{
     Bool, DType as BurnType, Device, DeviceKind, Tensor, TensorData, module::attention, ops::AttentionModuleOptions,
 };
+use clap::Parser;
 use half::f16;
 use polyattn::{
-    api::{AttentionKind, DType},
+    api::{AttentionKind, DType, Device as OurDevice},
     bench::{self, Places, Samples, Shape, value},
-    device::DeviceFacts,
+    device::{DeviceChoice, DeviceFacts},
 };
 
-use crate::{
-    Error,
-    contest::{Contestant, Row},
-};
+use contest::{Contestant, Row};
 
-pub(crate) const NAME: &str = "burn";
+type Error = Box<dyn std::error::Error>;
 
-pub(crate) struct Burn {
+/// burn among the peers: shapes come by standard input, answers go to standard output.
+#[derive(Debug, Parser)]
+struct Args {
+    #[arg(long)]
+    be: String,
+    #[arg(long)]
+    device: String,
+    #[arg(long)]
+    seconds: f64,
+}
+
+fn main() -> ExitCode {
+    match be(&Args::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn be(args: &Args) -> Result<(), Error> {
+    let choice: DeviceChoice = args.device.parse()?;
+    let facts = OurDevice::open(&choice)?.facts().clone();
+    contest::serve(&mut Burn::new(&facts), Duration::from_secs_f64(args.seconds))
+}
+
+struct Burn {
     facts: DeviceFacts,
     device: Device,
 }
 
 impl Burn {
-    pub(crate) fn new(facts: &DeviceFacts) -> Self {
+    fn new(facts: &DeviceFacts) -> Self {
         let kind = if facts.hardware { DeviceKind::DefaultDevice } else { DeviceKind::Cpu };
         Self { facts: facts.clone(), device: Device::vulkan(kind) }
     }
@@ -104,7 +134,7 @@ impl Contestant for Burn {
             Ok::<_, Error>((None, start.elapsed()))
         })?;
 
-        let out: Vec<f16> = launch(0).into_data().to_vec().map_err(|error| format!("{error:?}"))?;
+        let out: Vec<f16> = launch(0).into_data().try_to_vec().map_err(|error| format!("{error:?}"))?;
         let (s, l) = (shape.rows, shape.context);
         let samples = Samples::compute(
             shape,

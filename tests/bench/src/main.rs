@@ -4,8 +4,7 @@
 //! round, one contestant at a time. All of them are timed alike, by the wall clock from the first launch until the device
 //! is done with the last of many, and by GPU timestamps round the same launches where a contestant gives them.
 
-#[cfg(feature = "burn")]
-mod burn;
+mod child;
 mod contest;
 mod cubek;
 mod own;
@@ -20,18 +19,17 @@ use polyattn::{
 };
 use serde::Serialize;
 
-use contest::{Child, Contestant, Row};
+use child::Child;
+use contest::{Contestant, Row};
 
 type Error = Box<dyn std::error::Error>;
 
+/// burn's process is another program, `peers-burn`, built with the feature `burn`: its compiler and that of
+/// cubek-attention, of another version, do not run in one.
+const BURN: &str = "burn";
+
 /// Everybody, ourselves first.
-const CONTESTANTS: &[&str] = &[
-    own::NAME,
-    cubek::WGSL,
-    cubek::SPIRV,
-    #[cfg(feature = "burn")]
-    burn::NAME,
-];
+const CONTESTANTS: &[&str] = &[own::NAME, cubek::WGSL, cubek::SPIRV, BURN];
 
 /// The decode and verify shapes of the project's own targets, and some that a processor has done soon.
 const DEFAULT: &[&str] = &[
@@ -131,8 +129,6 @@ fn be(name: &str, args: &Args) -> Result<(), Error> {
     let mut contestant: Box<dyn Contestant> = match name {
         own::NAME => Box::new(own::Own::new(device, Registry::global()?)),
         cubek::WGSL | cubek::SPIRV => Box::new(cubek::Cubek::new(device.facts(), name == cubek::WGSL)),
-        #[cfg(feature = "burn")]
-        burn::NAME => Box::new(burn::Burn::new(device.facts())),
         other => return Err(format!("unknown contestant '{other}'; there are: {}", CONTESTANTS.join(", ")).into()),
     };
     contest::serve(contestant.as_mut(), budget)
@@ -159,18 +155,21 @@ fn hold(args: &Args) -> Result<bool, Error> {
     let mut children = Vec::new();
     for name in names {
         let seconds = args.seconds.to_string();
-        children.push(Child::new(name, &["--be", name, "--device", &args.device, "--seconds", &seconds])?);
+        let mut program = std::env::current_exe()?;
+        if name == BURN {
+            program.set_file_name(format!("peers-burn{}", std::env::consts::EXE_SUFFIX));
+            if !program.exists() {
+                eprintln!("without burn: it is built with --features burn");
+                continue;
+            }
+        }
+        children.push(Child::new(name, program, &["--be", name, "--device", &args.device, "--seconds", &seconds])?);
     }
     let mut answer = Answer {
         command: std::iter::once("peers".to_owned()).chain(std::env::args().skip(1)).collect::<Vec<_>>().join(" "),
         device: facts.name.clone(),
         driver: facts.driver.clone(),
-        versions: BTreeMap::from([
-            ("cubecl", "0.12.0-pre.1"),
-            ("cubek-attention", "0.4.0-pre.1"),
-            #[cfg(feature = "burn")]
-            ("burn", "0.22.1"),
-        ]),
+        versions: BTreeMap::from([("cubecl", "0.12.0-pre.1"), ("cubek-attention", "0.4.0-pre.1"), ("burn", "0.22.1")]),
         ceilings,
         shapes: Vec::new(),
         skipped: Vec::new(),
@@ -190,7 +189,7 @@ fn hold(args: &Args) -> Result<bool, Error> {
             let _ = std::io::stderr().flush();
             rows.extend(child.measure(&shape.name, Duration::from_secs(args.patience)));
         }
-        contest::compare(&mut rows);
+        child::compare(&mut rows);
         let (bytes, flops) = (shape.bytes(), shape.flops());
         answer.shapes.push(Measured { phase: shape.problem.phase, shape: shape.name, bytes, flops, rows });
     }
