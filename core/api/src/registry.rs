@@ -360,7 +360,8 @@ impl Registry {
     /// Everything that the crates of this program registered.
     ///
     /// # Errors
-    /// Two plugins of one name, a name that cannot be selected, or no backend at all.
+    /// Two plugins of one name, a name that cannot be selected, one built for another interface or one that panics; no
+    /// backend at all.
     pub fn global() -> Result<&'static Self, RegistryError> {
         static GLOBAL: OnceLock<Result<Registry, RegistryError>> = OnceLock::new();
         GLOBAL
@@ -519,7 +520,7 @@ impl Registry {
     /// Adds a backend at run time.
     ///
     /// # Errors
-    /// Its name is taken or cannot be selected.
+    /// Its name is taken or cannot be selected, it was built for another interface, or it panics.
     pub fn register_backend(&self, entry: BackendEntry) -> Result<(), RegistryError> {
         const KIND: &str = "attention backend";
         check_interface(KIND, entry.interface, entry.origin)?;
@@ -539,7 +540,7 @@ impl Registry {
     /// Adds a backend for mixtures of experts at run time.
     ///
     /// # Errors
-    /// Its name is taken or cannot be selected.
+    /// Its name is taken or cannot be selected, it was built for another interface, or it panics.
     pub fn register_moe_backend(&self, entry: MoeBackendEntry) -> Result<(), RegistryError> {
         const KIND: &str = "MoE backend";
         check_interface(KIND, entry.interface, entry.origin)?;
@@ -559,7 +560,7 @@ impl Registry {
     /// Adds a proposer at run time.
     ///
     /// # Errors
-    /// Its name is taken or cannot be selected.
+    /// Its name is taken or cannot be selected, it was built for another interface, or it panics.
     pub fn register_proposer(&self, entry: ProposerEntry) -> Result<(), RegistryError> {
         const KIND: &str = "proposer";
         check_interface(KIND, entry.interface, entry.origin)?;
@@ -690,7 +691,7 @@ impl RegistryBuilder {
     /// The registry.
     ///
     /// # Errors
-    /// Two plugins of one name, or a name that cannot be selected.
+    /// Two plugins of one name, a name that cannot be selected, one built for another interface, or one that panics.
     pub fn build(self) -> Result<Registry, RegistryError> {
         if let Some(fault) = self.fault {
             return Err(fault);

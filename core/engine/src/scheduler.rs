@@ -126,7 +126,9 @@ pub(crate) struct Running {
     calls: BTreeMap<&'static str, u64>,
 }
 
-struct Callback(Box<dyn FnMut(&[u32]) -> ControlFlow<()> + Send>);
+type TokenCallback = dyn FnMut(&[u32]) -> ControlFlow<()> + Send;
+
+struct Callback(Box<TokenCallback>);
 
 impl fmt::Debug for Callback {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
