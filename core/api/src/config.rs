@@ -330,6 +330,7 @@ pub struct LayerConfig {
 /// What of a mixture of experts decides who serves it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
+#[non_exhaustive]
 pub struct MoeConfig {
     /// Experts to choose from.
     pub experts: u32,
@@ -342,6 +343,21 @@ pub struct MoeConfig {
     /// Format of the experts' weights; the model's dtype when unset.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dtype: Option<DType>,
+}
+
+impl MoeConfig {
+    /// Experts with weights of the model's dtype.
+    #[must_use]
+    pub const fn new(experts: u32, experts_per_token: u32, hidden_size: u32, intermediate_size: u32) -> Self {
+        Self { experts, experts_per_token, hidden_size, intermediate_size, dtype: None }
+    }
+
+    /// The same with weights of this format.
+    #[must_use]
+    pub const fn with_dtype(mut self, dtype: DType) -> Self {
+        self.dtype = Some(dtype);
+        self
+    }
 }
 
 fn one() -> u32 {

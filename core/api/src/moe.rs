@@ -95,6 +95,7 @@ pub trait MoeKernel: Debug + Send + Sync {
 
 /// The buffers of one layer's experts.
 #[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
 pub struct MoeIo<'a> {
     /// `[rows, hidden_size]`, f32, normed.
     pub x: BufferSlice<'a>,
@@ -110,6 +111,22 @@ pub struct MoeIo<'a> {
     pub down: &'a Buffer,
     /// `[rows, hidden_size]`, f32, added to.
     pub out: BufferSlice<'a>,
+}
+
+impl<'a> MoeIo<'a> {
+    /// The buffers of a call, in the order of the fields.
+    #[must_use]
+    pub const fn new(
+        x: BufferSlice<'a>,
+        rows: u32,
+        ids: BufferSlice<'a>,
+        weights: BufferSlice<'a>,
+        gate_up: &'a Buffer,
+        down: &'a Buffer,
+        out: BufferSlice<'a>,
+    ) -> Self {
+        Self { x, rows, ids, weights, gate_up, down, out }
+    }
 }
 
 /// Who serves the experts of one layer kind.

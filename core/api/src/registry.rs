@@ -273,13 +273,15 @@ pub enum RegistryError {
         /// The version it was built for.
         found: u32,
     },
-    /// A plugin that panics when its descriptor is made.
-    #[error("crate {origin} registers a {kind} that panics when it is made: {message}")]
+    /// A plugin that panics when its descriptor is made, or asked for its name and what it can do or needs.
+    #[error("crate {origin} registers a {kind} that panics when it is {when}: {message}")]
     Panicked {
         /// `attention backend`, `MoE backend` or `proposer`.
         kind: &'static str,
         /// Where it comes from.
         origin: Origin,
+        /// `made` or `asked about itself`.
+        when: &'static str,
         /// What it said.
         message: String,
     },
@@ -358,7 +360,8 @@ impl Registry {
     /// Everything that the crates of this program registered.
     ///
     /// # Errors
-    /// Two plugins of one name, a name that cannot be selected, or no backend at all.
+    /// Two plugins of one name, a name that cannot be selected, one built for another interface or one that panics; no
+    /// backend at all.
     pub fn global() -> Result<&'static Self, RegistryError> {
         static GLOBAL: OnceLock<Result<Registry, RegistryError>> = OnceLock::new();
         GLOBAL
@@ -476,7 +479,7 @@ impl Registry {
                 let registered = self.backend_names();
                 fail(name, SelectionError::Unknown { name: name.clone(), registered }.to_string())
             })?;
-            let configured = contained(|| entry.backend.configured(value))
+            let configured = contained(|| entry.backend.configured(value).inspect(|backend| asked_backend(&**backend)))
                 .unwrap_or_else(|message| Err(format!("the backend panicked: {message}")))
                 .map_err(|message| fail(name, message))?;
             if configured.name() != entry.name() {
@@ -496,10 +499,12 @@ impl Registry {
     /// The same plugins and this proposer, in the place of one of its name.
     ///
     /// # Errors
-    /// Its name cannot be selected.
+    /// Its name cannot be selected, or it panics when it is asked about itself.
     pub fn with_proposer(&self, proposer: RegisteredProposer) -> Result<Self, RegistryError> {
+        const KIND: &str = "proposer";
+        ask(KIND, &*proposer.proposer, proposer.origin, asked_proposer)?;
         let name = proposer.proposer.name();
-        check_name("proposer", name, proposer.origin)?;
+        check_name(KIND, name, proposer.origin)?;
         let others = self.proposers();
         let mut all: Vec<_> = others.iter().filter(|other| other.proposer.name() != name).cloned().collect();
         all.push(proposer);
@@ -515,11 +520,11 @@ impl Registry {
     /// Adds a backend at run time.
     ///
     /// # Errors
-    /// Its name is taken or cannot be selected.
+    /// Its name is taken or cannot be selected, it was built for another interface, or it panics.
     pub fn register_backend(&self, entry: BackendEntry) -> Result<(), RegistryError> {
         const KIND: &str = "attention backend";
         check_interface(KIND, entry.interface, entry.origin)?;
-        let backend = make(KIND, entry.make, entry.origin)?;
+        let backend = make(KIND, entry.make, entry.origin, asked_backend)?;
         let backend = RegisteredBackend { origin: entry.origin, priority: entry.priority, backend };
         check_name(KIND, backend.name(), entry.origin)?;
         let mut backends = self.backends.write();
@@ -535,11 +540,11 @@ impl Registry {
     /// Adds a backend for mixtures of experts at run time.
     ///
     /// # Errors
-    /// Its name is taken or cannot be selected.
+    /// Its name is taken or cannot be selected, it was built for another interface, or it panics.
     pub fn register_moe_backend(&self, entry: MoeBackendEntry) -> Result<(), RegistryError> {
         const KIND: &str = "MoE backend";
         check_interface(KIND, entry.interface, entry.origin)?;
-        let backend = make(KIND, entry.make, entry.origin)?;
+        let backend = make(KIND, entry.make, entry.origin, asked_moe_backend)?;
         let backend = RegisteredMoeBackend { origin: entry.origin, priority: entry.priority, backend };
         check_name(KIND, backend.name(), entry.origin)?;
         let mut backends = self.moe_backends.write();
@@ -555,11 +560,12 @@ impl Registry {
     /// Adds a proposer at run time.
     ///
     /// # Errors
-    /// Its name is taken or cannot be selected.
+    /// Its name is taken or cannot be selected, it was built for another interface, or it panics.
     pub fn register_proposer(&self, entry: ProposerEntry) -> Result<(), RegistryError> {
         const KIND: &str = "proposer";
         check_interface(KIND, entry.interface, entry.origin)?;
-        let proposer = RegisteredProposer { origin: entry.origin, proposer: make(KIND, entry.make, entry.origin)? };
+        let proposer = make(KIND, entry.make, entry.origin, asked_proposer)?;
+        let proposer = RegisteredProposer { origin: entry.origin, proposer };
         let name = proposer.proposer.name();
         check_name(KIND, name, entry.origin)?;
         let mut proposers = self.proposers.write();
@@ -577,8 +583,34 @@ fn check_interface(kind: &'static str, found: u32, origin: Origin) -> Result<(),
     if found == INTERFACE_VERSION { Ok(()) } else { Err(RegistryError::Interface { kind, origin, found }) }
 }
 
-fn make<T: ?Sized>(kind: &'static str, make: fn() -> Arc<T>, origin: Origin) -> Result<Arc<T>, RegistryError> {
-    contained(make).map_err(|message| RegistryError::Panicked { kind, origin, message })
+/// Makes a descriptor and asks it once about itself, so that it panics here or, being constant, nowhere.
+fn make<T: ?Sized>(
+    kind: &'static str,
+    make: fn() -> Arc<T>,
+    origin: Origin,
+    asked: fn(&T),
+) -> Result<Arc<T>, RegistryError> {
+    let panicked = |message| RegistryError::Panicked { kind, origin, when: "made", message };
+    let made = contained(make).map_err(panicked)?;
+    ask(kind, &*made, origin, asked)?;
+    Ok(made)
+}
+
+fn ask<T: ?Sized>(kind: &'static str, plugin: &T, origin: Origin, asked: fn(&T)) -> Result<(), RegistryError> {
+    let panicked = |message| RegistryError::Panicked { kind, origin, when: "asked about itself", message };
+    contained(|| asked(plugin)).map_err(panicked)
+}
+
+fn asked_backend(backend: &dyn AttentionBackend) {
+    let _ = (backend.name(), backend.capabilities());
+}
+
+fn asked_moe_backend(backend: &dyn MoeBackend) {
+    let _ = backend.name();
+}
+
+fn asked_proposer(proposer: &dyn Proposer) {
+    let _ = (proposer.name(), proposer.requirements());
 }
 
 fn one_line(names: &[&str]) -> String {
@@ -659,7 +691,7 @@ impl RegistryBuilder {
     /// The registry.
     ///
     /// # Errors
-    /// Two plugins of one name, or a name that cannot be selected.
+    /// Two plugins of one name, a name that cannot be selected, one built for another interface, or one that panics.
     pub fn build(self) -> Result<Registry, RegistryError> {
         if let Some(fault) = self.fault {
             return Err(fault);

@@ -33,10 +33,17 @@ impl ResolvedLayer {
         self.problem.mask == Mask::Bidirectional
     }
 
+    /// The phase in words: `verify (tree)` where it is over a tree mask.
+    #[must_use]
+    pub fn phase_name(&self) -> String {
+        let tree = if self.problem.mask == Mask::Tree { " (tree)" } else { "" };
+        format!("{}{tree}", self.problem.phase)
+    }
+
     /// The logs carry what `polyattn select` prints.
     fn log(&self) {
-        let AttentionProblem { role, phase, layer, kv_layout, .. } = &self.problem;
-        let (layer, kv_layout) = (&**layer, kv_layout.name());
+        let AttentionProblem { role, layer, kv_layout, .. } = &self.problem;
+        let (phase, layer, kv_layout) = (self.phase_name(), &**layer, kv_layout.name());
         let (backend, policy) = (self.backend.name(), self.policy.name());
         tracing::info!(%role, %phase, layer, backend, policy, kv_layout, "attention backend selected");
         for Declined { backend, reasons } in &self.declined {

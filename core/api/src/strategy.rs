@@ -86,9 +86,6 @@ impl<'de> Visitor<'de> for StrategyVisitor {
     }
 }
 
-/// Makes a strategy from its parameters; the error is a sentence.
-pub type MakeStrategy<T> = fn(&Value) -> Result<Box<T>, String>;
-
 /// What the registration macros of strategies submit.
 pub struct StrategyEntry<T: ?Sized> {
     /// Where it comes from.
@@ -97,8 +94,8 @@ pub struct StrategyEntry<T: ?Sized> {
     pub interface: u32,
     /// The name users select it by.
     pub name: &'static str,
-    /// Makes it.
-    pub make: MakeStrategy<T>,
+    /// Makes it from its parameters; the error is a sentence.
+    pub make: fn(&Value) -> Result<Box<T>, String>,
 }
 
 // Derived ones would ask the same of `T`.

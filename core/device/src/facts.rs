@@ -39,6 +39,7 @@ pub struct DeviceLimits {
 /// Square matrices that a subgroup multiplies as one (cooperative matrices): `side` rows and columns each, of `input`
 /// elements, added up in `sum`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct CooperativeTile {
     /// Rows and columns; WGSL can spell 8 and 16.
     pub side: u32,
@@ -46,6 +47,14 @@ pub struct CooperativeTile {
     pub input: DType,
     /// Elements of the sum.
     pub sum: DType,
+}
+
+impl CooperativeTile {
+    /// A tile of `side` rows and columns.
+    #[must_use]
+    pub const fn new(side: u32, input: DType, sum: DType) -> Self {
+        Self { side, input, sum }
+    }
 }
 
 /// What is known of a device: the facts that backends and the selector decide by. Plain data, so that a test can

@@ -20,7 +20,7 @@ use crate::{
     EngineError, PageAllocator, RecordOptions,
     attention::Kernels,
     record::Recorder,
-    runner::{Head, Ids, Pass, PassSequence, Runner, RunnerSizes},
+    runner::{Head, Ids, Pass, PassSequence, Runner, RunnerSizes, check_cache},
     scheduler::{Event, Running, StepTimes},
 };
 
@@ -251,9 +251,11 @@ impl Engine {
         let tree_nodes = strategies.tree.as_ref().map_or(0, |(_, nodes)| *nodes);
         let room = BLOCK_ROOM.max(tree_nodes + 1);
         let positions = context.saturating_add(room);
-        let decoder = Arc::new(Decoder::load(source, device, positions, progress)?);
         let enough = positions.div_ceil(options.page_size).saturating_mul(options.max_sequences);
         let pool_pages = options.pool_pages.unwrap_or(enough);
+        // Reading the weights may take minutes: what cannot run is refused before.
+        check_cache(&model, device.facts(), pool_pages, options.page_size, dtype)?;
+        let decoder = Arc::new(Decoder::load(source, device, positions, progress)?);
         let rows = options.prefill_chunk.min(context).max(room);
         let drafting = match (&resolution.proposer, &resolution.draft_config, speculative) {
             (Some(entry), Some(draft_config), Some(speculative)) => {

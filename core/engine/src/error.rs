@@ -50,6 +50,26 @@ pub enum EngineError {
         /// Pages of the pool.
         total: usize,
     },
+    /// A tensor of the cache that the device cannot bind.
+    #[error(
+        "the cache is too large for {device}: each layer's keys are {bytes} bytes ({pages} pages, {tokens} tokens), one \
+         binding holds {allowed} ({most} tokens); ask for a smaller context (a shorter prompt, fewer tokens to generate) \
+         or fewer sequences at once"
+    )]
+    CacheTooLarge {
+        /// Bytes of the tensor.
+        bytes: u64,
+        /// Pages of the pool.
+        pages: u32,
+        /// Tokens that they hold.
+        tokens: u64,
+        /// The device's name.
+        device: String,
+        /// Bytes of a binding at the most.
+        allowed: u64,
+        /// Tokens that fit it, in whole pages.
+        most: u64,
+    },
     /// An error that ended several requests at once.
     #[error(transparent)]
     Shared(std::sync::Arc<EngineError>),

@@ -22,4 +22,4 @@ pub use pages::{PageAllocator, PageKind};
 pub use polyattn_api::Sampling;
 pub use record::RecordOptions;
 pub use report::{Acceptance, Backends, Generation, StopReason, TargetBackends};
-pub use scheduler::{Event, Happened, Request, RequestId, StepTimes, TokenCallback};
+pub use scheduler::{Event, Happened, Request, RequestId, StepTimes};

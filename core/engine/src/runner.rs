@@ -6,11 +6,12 @@ use polyattn_api::{
     AttentionKernel, BatchLayout, Draft, MoveKv, Phase, Plan, ProposerError, ResolvedMoe, Role, TapSpec,
     TargetServices, TreeMask,
 };
-use polyattn_device::{Buffer, BufferSlice, Commands, DType, Device};
+use polyattn_device::{Buffer, BufferSlice, Commands, DType, Device, DeviceFacts};
 use polyattn_nn::{
     NnError,
     decoder::{Decoder, DecoderScratch, Taps},
     layer::LayerAttention,
+    load::DecoderConfig,
     ops,
 };
 
@@ -69,6 +70,35 @@ pub(crate) struct RunnerSizes {
     pub(crate) page_size: u32,
 }
 
+/// Bytes of a token in one tensor of a layer's cache: its keys, its values, or the latent row that is both.
+fn slot_bytes(config: &DecoderConfig, dtype: DType) -> u64 {
+    let elements = match &config.latent {
+        None => u64::from(config.kv_heads) * u64::from(config.head_dim),
+        Some(latent) => u64::from(latent.cache_dim()),
+    };
+    elements * dtype.bytes()
+}
+
+/// That each tensor of the cache fits one binding of the device, for kernels bind it whole.
+///
+/// # Errors
+/// [`EngineError::CacheTooLarge`].
+pub(crate) fn check_cache(
+    config: &DecoderConfig,
+    device: &DeviceFacts,
+    pages: u32,
+    page_size: u32,
+    dtype: DType,
+) -> Result<(), EngineError> {
+    let (slot, tokens) = (slot_bytes(config, dtype), u64::from(pages) * u64::from(page_size));
+    let (bytes, allowed) = (tokens.saturating_mul(slot), device.limits.binding_bytes.min(device.limits.buffer_bytes));
+    if bytes <= allowed {
+        return Ok(());
+    }
+    let most = allowed / (slot * u64::from(page_size)) * u64::from(page_size);
+    Err(EngineError::CacheTooLarge { bytes, pages, tokens, device: device.name.clone(), allowed, most })
+}
+
 /// The target on its device, with its cache.
 #[derive(Debug)]
 pub(crate) struct Runner {
@@ -111,17 +141,15 @@ impl Runner {
     ) -> Result<Self, EngineError> {
         let config = decoder.config();
         let slots = u64::from(sizes.pool_pages) * u64::from(sizes.page_size);
-        let heads = u64::from(config.kv_heads) * u64::from(config.head_dim);
+        let bytes = slots * slot_bytes(config, dtype);
         let cache = (0..config.layers)
             .map(|layer| {
                 Ok(match &config.latent {
                     None => {
-                        let bytes = slots * heads * dtype.bytes();
                         let keys = device.alloc(bytes, &format!("key cache {layer}"))?;
                         (keys, device.alloc(bytes, &format!("value cache {layer}"))?)
                     }
-                    Some(latent) => {
-                        let bytes = slots * u64::from(latent.cache_dim()) * dtype.bytes();
+                    Some(_) => {
                         let rows = device.alloc(bytes, &format!("latent cache {layer}"))?;
                         (rows.clone(), rows)
                     }

@@ -56,9 +56,6 @@ impl fmt::Display for RequestId {
     }
 }
 
-/// Hears of a request's new tokens as they come, of none between the chunks of its prompt; may end it.
-pub type TokenCallback = Box<dyn FnMut(&[u32]) -> ControlFlow<()> + Send>;
-
 /// Where the time of steps went.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct StepTimes {
@@ -129,7 +126,9 @@ pub(crate) struct Running {
     calls: BTreeMap<&'static str, u64>,
 }
 
-struct Callback(TokenCallback);
+type TokenCallback = dyn FnMut(&[u32]) -> ControlFlow<()> + Send;
+
+struct Callback(Box<TokenCallback>);
 
 impl fmt::Debug for Callback {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -239,19 +238,20 @@ impl Engine {
         self.add(request, None)
     }
 
-    /// Adds a request whose tokens are also told to `callback` as they come.
+    /// Adds a request whose new tokens are also told to `callback` as they come, and none of them between the chunks of
+    /// its prompt; it may end the request.
     ///
     /// # Errors
     /// As [`add_request`](Self::add_request).
     pub fn add_streaming_request(
         &mut self,
         request: Request,
-        callback: TokenCallback,
+        callback: impl FnMut(&[u32]) -> ControlFlow<()> + Send + 'static,
     ) -> Result<RequestId, EngineError> {
-        self.add(request, Some(callback))
+        self.add(request, Some(Callback(Box::new(callback))))
     }
 
-    fn add(&mut self, request: Request, callback: Option<TokenCallback>) -> Result<RequestId, EngineError> {
+    fn add(&mut self, request: Request, callback: Option<Callback>) -> Result<RequestId, EngineError> {
         self.check(&request)?;
         let id = self.next_request;
         self.next_request += 1;
@@ -259,7 +259,7 @@ impl Engine {
         self.waiting.push_back(Running {
             id,
             stop: request.stop.clone().unwrap_or_else(|| self.model.eos.clone()),
-            callback: callback.map(Callback),
+            callback,
             tokens: request.prompt.clone(),
             pages: Vec::new(),
             computed: 0,

@@ -55,12 +55,13 @@ pub fn write_counting(target: &TargetFacts, folder: &Path) -> io::Result<()> {
 }
 
 /// A quarter of a random matrix in the second half of the columns.
-fn disturbed(random: &mut Random, (name, shape, mut values): TinyTensor) -> TinyTensor {
-    let (_, _, noise) = random.matrix(String::new(), shape[0], shape[1]);
+fn disturbed(random: &mut Random, mut tensor: TinyTensor) -> TinyTensor {
+    let TinyTensor { shape, values, .. } = &mut tensor;
+    let noise = random.matrix(String::new(), shape[0], shape[1]).values;
     for (row, noise) in values.chunks_mut(shape[1]).zip(noise.chunks(shape[1])) {
         row[shape[1] / 2..].iter_mut().zip(&noise[shape[1] / 2..]).for_each(|(value, noise)| *value += 0.25 * noise);
     }
-    (name, shape, values)
+    tensor
 }
 
 /// The ids that a draft vocabulary keeps: not every 27th, so that the offsets to the target's rise.
@@ -110,7 +111,7 @@ pub fn write_counting3(target: &TargetFacts, folder: &Path) -> io::Result<()> {
     let (dims, mut random) = (TinyLayer { heads, kv_heads: heads, ..dims(target) }, Random::new(32));
     let mut tensors = layer(&mut random, "midlayer.", &dims, 2 * hidden, true);
     clear(&mut tensors, &["down_proj.weight"]);
-    let ones = |name: &str| (name.to_owned(), vec![hidden], vec![1.0; hidden]);
+    let ones = |name: &str| TinyTensor { name: name.to_owned(), shape: vec![hidden], values: vec![1.0; hidden] };
     let planted = [
         identities("midlayer.self_attn.q_proj.weight".into(), hidden, &[2.0, 0.0]),
         identities("midlayer.self_attn.k_proj.weight".into(), hidden, &[2.0, 0.0]),
@@ -118,12 +119,12 @@ pub fn write_counting3(target: &TargetFacts, folder: &Path) -> io::Result<()> {
         identities("midlayer.self_attn.o_proj.weight".into(), hidden, &[1.0]),
         ones("midlayer.input_layernorm.weight"),
     ];
-    tensors.retain(|(name, ..)| planted.iter().all(|(other, ..)| other != name));
+    tensors.retain(|tensor| planted.iter().all(|other| other.name != tensor.name));
     tensors.extend(planted);
     tensors.push(ones("midlayer.hidden_norm.weight"));
     tensors.push(ones("norm.weight"));
     tensors.push(random.matrix("fc.weight".into(), hidden, 3 * hidden));
     let rows = kept(target).into_iter().flat_map(|id| counting.head[id as usize].iter().copied()).collect();
-    tensors.push(("lm_head.weight".into(), vec![kept(target).len(), hidden], rows));
+    tensors.push(TinyTensor { name: "lm_head.weight".into(), shape: vec![kept(target).len(), hidden], values: rows });
     write_checkpoint_with(folder, &config3(target, &dims), &tensors, &offsets(target))
 }

@@ -3,7 +3,7 @@
 use std::{io, path::Path};
 
 use polyattn_api::TargetFacts;
-use polyattn_nn::drafting::tiny::{CountingTarget, Random, write_checkpoint};
+use polyattn_nn::drafting::tiny::{CountingTarget, Random, TinyTensor, write_checkpoint};
 
 /// Writes heads of random weights for a target, in the checkpoint format: three heads of one block. The folder is made
 /// where it is not there.
@@ -32,10 +32,11 @@ pub fn write_counting(target: &TargetFacts, folder: &Path) -> io::Result<()> {
     let hidden = counting.hidden;
     let mut tensors = Vec::new();
     for head in 0..3 {
-        tensors.push((format!("{head}.0.linear.weight"), vec![hidden, hidden], vec![0.0; hidden * hidden]));
-        tensors.push((format!("{head}.0.linear.bias"), vec![hidden], vec![0.0; hidden]));
+        let mut tensor = |name, shape, values| tensors.push(TinyTensor { name, shape, values });
+        tensor(format!("{head}.0.linear.weight"), vec![hidden, hidden], vec![0.0; hidden * hidden]);
+        tensor(format!("{head}.0.linear.bias"), vec![hidden], vec![0.0; hidden]);
         let rows = counting.head_further(head + 1);
-        tensors.push((format!("{head}.1.weight"), vec![target.vocab_size as usize, hidden], rows));
+        tensor(format!("{head}.1.weight"), vec![target.vocab_size as usize, hidden], rows);
     }
     write_checkpoint(folder, &config(target), &tensors)
 }

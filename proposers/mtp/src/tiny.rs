@@ -29,7 +29,7 @@ pub fn write_random(target: &TargetFacts, folder: &Path, form: Form) -> io::Resu
 pub fn write_counting(target: &TargetFacts, folder: &Path, form: Form) -> io::Result<()> {
     let (config, mut tensors) = tensors(target, form)?;
     clear(&mut tensors, &["o_proj.weight", "down_proj.weight"]);
-    for (name, shape, values) in &mut tensors {
+    for TinyTensor { name, shape, values } in &mut tensors {
         if name.ends_with("eh_proj.weight") || name.ends_with("mtp.fc.weight") {
             values.iter_mut().for_each(|value| *value *= 0.25);
             values.chunks_mut(shape[1]).enumerate().for_each(|(row, values)| {

@@ -181,15 +181,8 @@ impl Subject {
         let ids = device.upload(&case.ids[pairs.clone()], "ids").map_err(failure)?;
         let weights = floats(&case.weights[pairs])?;
         let (gate_up, down) = (held(&case.gate_up)?, held(&case.down)?);
-        let io = MoeIo {
-            x: x.whole(),
-            rows: rows as u32,
-            ids: ids.whole(),
-            weights: weights.whole(),
-            gate_up: &gate_up,
-            down: &down,
-            out: out.whole(),
-        };
+        let (ids, weights) = (ids.whole(), weights.whole());
+        let io = MoeIo::new(x.whole(), rows as u32, ids, weights, &gate_up, &down, out.whole());
         let mut commands = device.commands().map_err(failure)?;
         kernel.encode(&mut commands, &io).map_err(failure)?;
         let _ = commands.submit().map_err(failure)?;

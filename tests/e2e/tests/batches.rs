@@ -588,3 +588,38 @@ fn a_lost_drafter_is_counted() {
         count("polyattn_accepted_tokens_total") + count("polyattn_wasted_tokens_total")
     );
 }
+
+/// A cache that no kernel can bind is refused before any weight is read, with the numbers.
+#[test]
+fn a_cache_that_one_binding_does_not_hold_is_refused() {
+    let Ok(device) = Device::open(&polyattn_device::DeviceChoice::Gpu) else {
+        eprintln!("skipped: there is no GPU");
+        return;
+    };
+    let source = tiny();
+    let limits = &device.facts().limits;
+    let allowed = limits.binding_bytes.min(limits.buffer_bytes);
+    // 2 heads of 32 elements in f16, pages of 16 tokens.
+    let page = 2 * 32 * 2 * 16;
+    let (whole, refused) = (allowed / page, allowed / page + 1);
+    let mut options = EngineOptions::default().with_context(64);
+    options.pool_pages = Some(u32::try_from(refused).unwrap());
+    let mut read = 0;
+    let error = Engine::load(&source, &device, Registry::global().unwrap(), &options, &mut |bytes| read = bytes)
+        .unwrap_err()
+        .to_string();
+    assert_eq!(read, 0, "no weights");
+    let (bytes, tokens, most) = (refused * page, refused * 16, whole * 16);
+    for part in [
+        format!("{bytes} bytes ({refused} pages, {tokens} tokens)"),
+        format!("one binding holds {allowed} ({most} tokens)"),
+        device.facts().name.clone(),
+    ] {
+        assert!(error.contains(&part), "{part}: {error}");
+    }
+    // As many sequences as take more pages than that.
+    let mut options = EngineOptions::default().with_sequences(u32::try_from(refused).unwrap());
+    options.context = Some(64);
+    let error = Engine::load(&source, &device, Registry::global().unwrap(), &options, &mut |_| {}).unwrap_err();
+    assert!(error.to_string().contains("fewer sequences at once"), "{error}");
+}

@@ -4,8 +4,9 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use polyattn_api::{
     AttentionBackend, AttentionIo, AttentionKernel, AttentionKind, AttentionProblem, BackendEntry, BackendError,
-    BatchLayout, Capabilities, Commands, DType, Decline, Device, DeviceFacts, INTERFACE_VERSION, Origin, Plan,
-    PlanPool, Policy, ProposerEntry, Registry, Resolver, backend_entry, resolve, select,
+    BatchLayout, Capabilities, Commands, DType, Decline, Device, DeviceFacts, Drafter, INTERFACE_VERSION, LoadContext,
+    Origin, Plan, PlanPool, Policy, Proposer, ProposerEntry, ProposerError, ProposerRequirements, RegisteredProposer,
+    Registry, Resolver, backend_entry, resolve, select,
 };
 
 use crate::mocks::{Causal, CpuCausal, Reference, Wide, big_gpu, engine, layer, registry};
@@ -15,6 +16,7 @@ use crate::mocks::{Causal, CpuCausal, Reference, Wide, big_gpu, engine, layer, r
 enum Fault {
     #[default]
     None,
+    PanicsInCapabilities,
     PanicsInDeclines,
     PanicsInPrepare,
     RefusesWhatItAdmits,
@@ -35,6 +37,7 @@ impl AttentionBackend for Faulty {
     }
 
     fn capabilities(&self) -> &Capabilities {
+        assert_ne!(self.0, Fault::PanicsInCapabilities, "nobody knows");
         AttentionBackend::capabilities(&Reference)
     }
 
@@ -58,6 +61,7 @@ impl AttentionBackend for Faulty {
         match self.0 {
             Fault::AnswersAsAnother => Ok(Arc::new(Wide)),
             Fault::PanicsInPrepare => panic!("no settings today"),
+            _ if config["fault"] == "capabilities" => Ok(Arc::new(Self(Fault::PanicsInCapabilities))),
             _ if config["fault"] == "none" => Ok(Arc::new(Self(Fault::None))),
             _ => Err(format!("fault: {} is unknown, there is: none", config["fault"])),
         }
@@ -103,6 +107,7 @@ fn with(fault: Fault) -> Registry {
 fn entry(fault: Fault) -> BackendEntry {
     let make: fn() -> Arc<dyn AttentionBackend> = match fault {
         Fault::None => || Arc::new(Faulty(Fault::None)),
+        Fault::PanicsInCapabilities => || Arc::new(Faulty(Fault::PanicsInCapabilities)),
         Fault::PanicsInDeclines => || Arc::new(Faulty(Fault::PanicsInDeclines)),
         Fault::PanicsInPrepare => || Arc::new(Faulty(Fault::PanicsInPrepare)),
         Fault::RefusesWhatItAdmits => || Arc::new(Faulty(Fault::RefusesWhatItAdmits)),
@@ -192,6 +197,53 @@ fn a_plugin_that_panics_when_made_is_named() {
         |make| Registry::builder().proposer(ProposerEntry { origin, interface: INTERFACE_VERSION, make }).build();
     let error = made(|| panic!("out of paper")).expect_err("it panics").to_string();
     assert_eq!(error, "crate stranger 0.3.0 registers a proposer that panics when it is made: out of paper");
+}
+
+#[test]
+fn a_backend_that_panics_about_what_it_can_do_is_not_registered() {
+    let refused = |error: String| {
+        let wanted = "crate stranger 0.3.0 registers a attention backend that panics when it is asked about itself: ";
+        assert!(error.starts_with(wanted) && error.contains("nobody knows"), "{error}");
+    };
+    let built = Registry::builder().backend(entry(Fault::PanicsInCapabilities)).build();
+    refused(built.expect_err("it panics").to_string());
+    let registry = registry();
+    let before = registry.backend_names();
+    refused(registry.register_backend(entry(Fault::PanicsInCapabilities)).expect_err("it panics").to_string());
+    assert_eq!(registry.backend_names(), before);
+
+    let mut config = engine(vec![layer("full")]);
+    config.backend_config = BTreeMap::from([("faulty".to_owned(), serde_json::json!({ "fault": "capabilities" }))]);
+    let error = resolve(&config, &DeviceFacts::cpu(), &with(Fault::None)).expect_err("it panics").to_string();
+    assert!(error.starts_with("backend_config.faulty: the backend panicked: "), "{error}");
+}
+
+/// A proposer that does not know what it needs.
+#[derive(Debug)]
+struct Clueless;
+
+impl Proposer for Clueless {
+    fn name(&self) -> &'static str {
+        "clueless"
+    }
+
+    fn requirements(&self) -> &ProposerRequirements {
+        panic!("no clue")
+    }
+
+    fn load(&self, _: &LoadContext<'_>) -> Result<Box<dyn Drafter>, ProposerError> {
+        Err(ProposerError::Unsupported("it has no clue".into()))
+    }
+}
+
+#[test]
+fn a_proposer_that_panics_about_what_it_needs_is_not_registered() {
+    let origin = Origin { crate_name: "stranger", version: "0.3.0" };
+    let entry = ProposerEntry { origin, interface: INTERFACE_VERSION, make: || Arc::new(Clueless) };
+    let wanted = "crate stranger 0.3.0 registers a proposer that panics when it is asked about itself: no clue";
+    assert_eq!(Registry::builder().proposer(entry).build().expect_err("it panics").to_string(), wanted);
+    let clueless = RegisteredProposer { origin, proposer: Arc::new(Clueless) };
+    assert_eq!(registry().with_proposer(clueless).expect_err("it panics").to_string(), wanted);
 }
 
 #[test]

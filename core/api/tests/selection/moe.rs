@@ -50,7 +50,7 @@ fn section(config: &mut EngineConfig) -> &mut SpeculativeConfig {
 }
 
 fn experts(experts: u32) -> Option<MoeConfig> {
-    Some(MoeConfig { experts, experts_per_token: 2, hidden_size: 64, intermediate_size: 32, dtype: None })
+    Some(MoeConfig::new(experts, 2, 64, 32))
 }
 
 fn config(target: Option<MoeConfig>, draft: Option<MoeConfig>) -> EngineConfig {
@@ -127,9 +127,9 @@ fn the_drafts_own_replaces_the_targets() {
 #[test]
 fn contradictions_name_the_field() {
     for (change, says) in [
-        (MoeConfig { experts: 0, ..experts(1).expect("some") }, "target.layers[0].moe.experts: 0 is out of range"),
-        (MoeConfig { experts: 1, ..experts(1).expect("some") }, "moe.experts_per_token: 2 of 1 experts"),
-        (MoeConfig { hidden_size: 0, ..experts(8).expect("some") }, "moe.hidden_size: 0 is out of range"),
+        (MoeConfig::new(0, 2, 64, 32), "target.layers[0].moe.experts: 0 is out of range"),
+        (MoeConfig::new(1, 2, 64, 32), "moe.experts_per_token: 2 of 1 experts"),
+        (MoeConfig::new(8, 2, 0, 32), "moe.hidden_size: 0 is out of range"),
     ] {
         let error = resolved(&config(Some(change), None)).expect_err("a contradiction");
         assert!(error.contains(says), "{error}");

@@ -7,8 +7,12 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::api::{EngineConfig, Phase, Policy, Registry, Resolution, ResolvedLayer, Role, resolve};
+use crate::api::{
+    BackendChoice, BackendName, DeviceFacts, EngineConfig, Phase, Policy, Registry, Resolution, ResolvedLayer, Role,
+    resolve,
+};
 use serde::de::DeserializeOwned;
+use tracing::subscriber::{NoSubscriber, with_default};
 
 use crate::{
     failure::{Ended, Failure, Verdict},
@@ -47,8 +51,8 @@ pub(crate) fn run(args: &Args, context: &Context) -> Ended {
     let resolution =
         resolve(&config, device.facts(), registry).map_err(|error| Failure::new(format!("{name}: {error}")))?;
     context.answer(&resolution, || {
-        let device = &device.facts().name;
-        if args.explain { explain(&resolution, device, registry) } else { text_of(&resolution, device) }
+        let facts = device.facts();
+        if args.explain { explain(&resolution, &config, facts, registry) } else { text_of(&resolution, &facts.name) }
     })?;
     Ok(Verdict::Holds)
 }
@@ -134,7 +138,7 @@ fn text_of(resolution: &Resolution, device: &str) -> String {
     for layer in layers() {
         table.add_row([
             layer.problem.role.to_string(),
-            layer.problem.phase.to_string(),
+            layer.phase_name(),
             layer.problem.layer.to_string(),
             layer.backend.name().to_owned(),
             layer.policy.name().to_owned(),
@@ -149,12 +153,12 @@ fn text_of(resolution: &Resolution, device: &str) -> String {
         let _ = writeln!(out, "The proposer '{}' runs no attention of its own.", proposer.proposer.name());
     }
     let _ = writeln!(out, "\nNot taken:");
-    let mut told: Vec<(Told<'_>, Vec<Phase>)> = Vec::new();
+    let mut told: Vec<(Told<'_>, Vec<String>)> = Vec::new();
     for layer in layers() {
         for told_now in reasons(layer) {
             match told.iter_mut().find(|(one, _)| *one == told_now) {
-                Some((_, phases)) => phases.push(layer.problem.phase),
-                None => told.push((told_now, vec![layer.problem.phase])),
+                Some((_, phases)) => phases.push(layer.phase_name()),
+                None => told.push((told_now, vec![layer.phase_name()])),
             }
         }
     }
@@ -162,7 +166,6 @@ fn text_of(resolution: &Resolution, device: &str) -> String {
         let _ = writeln!(out, "  nobody else is registered");
     }
     for (one, phases) in told {
-        let phases: Vec<_> = phases.iter().map(ToString::to_string).collect();
         let why = if one.why.is_empty() { "could serve, was outranked".to_owned() } else { one.why };
         let _ = writeln!(out, "  {} for {} {} layer '{}': {why}", one.backend, one.role, phases.join(", "), one.layer);
     }
@@ -170,8 +173,8 @@ fn text_of(resolution: &Resolution, device: &str) -> String {
 }
 
 /// The whole decision as a table. Phases of a layer kind that came out alike share their rows.
-fn explain(resolution: &Resolution, device: &str, registry: &Registry) -> String {
-    let mut groups: Vec<(&ResolvedLayer, Vec<Phase>)> = Vec::new();
+fn explain(resolution: &Resolution, config: &EngineConfig, device: &DeviceFacts, registry: &Registry) -> String {
+    let mut groups: Vec<Vec<&ResolvedLayer>> = Vec::new();
     for layer in resolution.target.iter().chain(&resolution.draft) {
         let alike = |other: &ResolvedLayer| {
             let key = |one: &ResolvedLayer| {
@@ -179,15 +182,16 @@ fn explain(resolution: &Resolution, device: &str, registry: &Registry) -> String
             };
             key(other) == key(layer) && other.declined == layer.declined
         };
-        match groups.iter_mut().find(|(other, _)| alike(other)) {
-            Some((_, phases)) => phases.push(layer.problem.phase),
-            None => groups.push((layer, vec![layer.problem.phase])),
+        match groups.iter_mut().find(|group| group.first().is_some_and(|other| alike(other))) {
+            Some(group) => group.push(layer),
+            None => groups.push(vec![layer]),
         }
     }
     let mut table = output::table(&["role", "layer", "phase", "backend", "", "why", "one change that would let it in"]);
-    for (layer, phases) in groups {
+    for group in groups {
+        let Some(layer) = group.first() else { continue };
         let problem = &layer.problem;
-        let phases = phases.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+        let phases = group.iter().map(|layer| layer.phase_name()).collect::<Vec<_>>().join(", ");
         let place = [problem.role.to_string(), problem.layer.to_string(), phases];
         let why = chosen_why(layer);
         table.add_row(place.into_iter().chain([layer.backend.name().into(), "serves".into(), why, String::new()]));
@@ -195,7 +199,8 @@ fn explain(resolution: &Resolution, device: &str, registry: &Registry) -> String
             let entry = registry.backend(declined.backend);
             let (verdict, why, change) = if declined.reasons.is_empty() {
                 let priority = entry.map_or(0, |entry| entry.priority);
-                let change = format!("name it: {} \"{}\"", choice_field(problem.role), declined.backend);
+                let change = naming(declined.backend, &group, config, device, registry);
+                let change = change.map_or_else(|| "-".into(), |change| format!("name it: {change}"));
                 ("outranked", format!("could serve; priority {priority}"), change)
             } else {
                 let why = declined.reasons.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n");
@@ -206,7 +211,7 @@ fn explain(resolution: &Resolution, device: &str, registry: &Registry) -> String
             table.add_row(blank.into_iter().chain([declined.backend.into(), verdict.into(), why, change]));
         }
     }
-    let mut out = format!("On {device}:\n{table}\n");
+    let mut out = format!("On {}:\n{table}\n", device.name);
     let mut caches: Vec<_> = resolution.target.iter().chain(&resolution.draft).collect();
     caches.dedup_by_key(|layer| (layer.problem.role, layer.problem.layer.clone()));
     out += &experts(resolution);
@@ -256,12 +261,68 @@ fn chosen_why(layer: &ResolvedLayer) -> String {
     }
 }
 
-/// The field of a configuration that names a backend for a role.
-fn choice_field(role: Role) -> &'static str {
-    match role {
-        Role::Target => "attention.backend",
-        Role::Draft => "speculative.attention_backend",
+/// The setting that gives a layer kind's phases to a backend which could serve them: the widest with which the whole
+/// configuration still resolves. `None` where no single one does it.
+fn naming(
+    backend: &str,
+    group: &[&ResolvedLayer],
+    config: &EngineConfig,
+    device: &DeviceFacts,
+    registry: &Registry,
+) -> Option<String> {
+    let (name, problem) = (BackendName::parse(backend)?, &group.first()?.problem);
+    let choice = BackendChoice::Require(name.clone());
+    let kind = problem.layer.to_string();
+    let mut phases: Vec<Phase> = group.iter().map(|layer| layer.problem.phase).collect();
+    phases.dedup();
+    // Each setting with the configuration that has it, and the phases that it is for.
+    let mut settings: Vec<(String, EngineConfig, &[Phase])> = Vec::new();
+    let mut setting = |fields: &[String], phases, change: &dyn Fn(&mut EngineConfig)| {
+        let mut changed = config.clone();
+        change(&mut changed);
+        let named: Vec<_> = fields.iter().map(|field| format!("{field} \"{backend}\"")).collect();
+        settings.push((named.join(", "), changed, phases));
+    };
+    match problem.role {
+        Role::Target => {
+            setting(&["attention.backend".into()], &phases, &|config| config.attention.backend = choice.clone());
+            // Those of all phases first, then of one.
+            for some in [&phases[..]].into_iter().chain(phases.chunks(1)) {
+                let fields: Vec<_> = some.iter().map(|phase| format!("attention.backend_per_phase.{phase}")).collect();
+                setting(&fields, some, &|config| {
+                    let chosen = some.iter().map(|phase| (*phase, choice.clone()));
+                    config.attention.backend_per_phase.extend(chosen);
+                });
+            }
+            setting(&[format!("attention.backend_per_kind.{kind}")], &phases, &|config| {
+                config.attention.backend_per_kind.insert(kind.clone(), choice.clone());
+            });
+        }
+        Role::Draft => {
+            setting(&["speculative.attention_backend".into()], &phases, &|config| {
+                if let Some(speculative) = &mut config.speculative {
+                    speculative.attention_backend = Some(name.clone());
+                }
+            });
+            setting(&[format!("speculative.attention_backend_per_kind.{kind}")], &phases, &|config| {
+                if let Some(speculative) = &mut config.speculative {
+                    speculative.attention_backend_per_kind.insert(kind.clone(), choice.clone());
+                }
+            });
+        }
     }
+    let works = |(_, changed, phases): &(String, EngineConfig, &[Phase])| {
+        // What is only tried is not logged.
+        let resolved = with_default(NoSubscriber::default(), || resolve(changed, device, registry));
+        resolved.is_ok_and(|resolution| {
+            let layers = resolution.target.iter().chain(&resolution.draft).filter(|one| {
+                let other = &one.problem;
+                (other.role, &other.layer) == (problem.role, &problem.layer) && phases.contains(&other.phase)
+            });
+            layers.into_iter().all(|one| one.backend.name() == backend)
+        })
+    };
+    settings.into_iter().find(works).map(|(setting, ..)| setting)
 }
 
 /// What is told of a backend that was not taken; the same for several phases is told once.

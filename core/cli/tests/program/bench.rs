@@ -63,6 +63,17 @@ fn a_slow_choice_is_told() {
 }
 
 #[test]
+fn a_selection_that_nothing_was_compared_with_does_not_hold() {
+    // Keys and values by heads are no latent attention.
+    let args = ["bench", "kernels", "--device", "cpu", "--shape", TINY, "--backend", "mla", "--json"];
+    let held = run(&args);
+    assert_eq!((held.code, held.json()["shapes"].as_array().map(Vec::len)), (0, Some(0)), "{held:?}");
+    let asserted = run(&[&args[..], &["--assert-selection"]].concat());
+    assert_eq!(asserted.code, 1, "{asserted:?}");
+    assert!(asserted.stderr.contains("--assert-selection compared nothing: no backend was measured"), "{asserted:?}");
+}
+
+#[test]
 fn people_get_a_table_and_a_picture() {
     let folder = tempfile::tempdir().expect("a folder");
     let file = folder.path().join("roofline.svg");

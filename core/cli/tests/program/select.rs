@@ -279,6 +279,60 @@ fn explain_tells_people_why_and_what_would_change_it() {
 }
 
 #[test]
+fn trees_are_told_from_chains() {
+    let mut config = full();
+    config["speculative"]["tree"] = json!("best-first");
+    let config = config.to_string();
+    for more in [&[][..], &["--explain"]] {
+        let args = [&["select", "-", "--device", "cpu"][..], more].concat();
+        let run = finish(command(&args), Some(&config));
+        assert_eq!(run.code, 0, "{run:?}");
+        assert!(run.stdout.contains("verify (tree)"), "{run:?}");
+        let chains = finish(command(&args), Some(&full().to_string()));
+        assert!(chains.stdout.contains("verify") && !chains.stdout.contains("(tree)"), "{chains:?}");
+    }
+    // Machines have the mask for it.
+    let answer = select(&config, "cpu").json();
+    let phases: Vec<_> = answer["target"].as_array().expect("a list").iter().map(|one| &one["phase"]).collect();
+    assert_eq!(phases, ["prefill", "decode", "verify", "verify"]);
+    assert_eq!(answer["target"][3]["mask"], "tree");
+}
+
+/// What `explain` would have one name, followed, resolves and names it.
+#[test]
+fn the_advice_to_name_a_backend_can_be_followed() {
+    if !has_gpu() {
+        eprintln!("skipped: there is no GPU");
+        return;
+    }
+    let mut config = full();
+    config["speculative"]["tree"] = json!("best-first");
+    let run = finish(command(&["select", "-", "--explain", "--device", "gpu"]), Some(&config.to_string()));
+    assert_eq!(run.code, 0, "{run:?}");
+    let advice: Vec<_> = run.stdout.lines().filter_map(|line| Some(line.split_once("name it: ")?.1)).collect();
+    for wanted in ["attention.backend \"", "attention.backend_per_phase.decode \"", "speculative.attention_backend \""]
+    {
+        assert!(advice.iter().any(|one| one.starts_with(wanted)), "{wanted}: {}", run.stdout);
+    }
+    for one in advice {
+        let mut config = config.clone();
+        let settings: Vec<_> = one.split(", ").map(|setting| setting.split_once(" \"").expect("a name")).collect();
+        for (field, rest) in &settings {
+            let name = rest.split('"').next().expect("a name");
+            let place = field.split('.').fold(&mut config, |place, part| &mut place[part]);
+            *place = json!(name);
+        }
+        let run = select(&config.to_string(), "gpu");
+        assert_eq!(run.code, 0, "{one}: {run:?}");
+        let answer = run.json();
+        let name = settings[0].1.split('"').next().expect("a name");
+        let layers = ["target", "draft"].into_iter().flat_map(|role| answer[role].as_array().expect("a list"));
+        let mut named = layers.filter(|layer| layer["policy"] == "require").peekable();
+        assert!(named.peek().is_some() && named.all(|layer| layer["backend"] == name), "{one}: {answer}");
+    }
+}
+
+#[test]
 fn a_backend_may_be_named_for_a_phase_a_kind_and_configured() {
     let mut config: Value = serde_json::from_str(SMALL).expect("JSON");
     config["attention"] = json!({ "backend_per_phase": { "decode": "cpu" }, "backend_per_kind": { "full": "CPU" } });

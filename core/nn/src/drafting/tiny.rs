@@ -7,8 +7,16 @@ use polyattn_api::TargetFacts;
 
 use crate::load::Checkpoint;
 
-/// A tensor of f32 by its name and shape.
-pub type TinyTensor = (String, Vec<usize>, Vec<f32>);
+/// A tensor of f32.
+#[derive(Clone, Debug)]
+pub struct TinyTensor {
+    /// Its name in the checkpoint.
+    pub name: String,
+    /// Its dimensions, the outermost first.
+    pub shape: Vec<usize>,
+    /// Its elements.
+    pub values: Vec<f32>,
+}
 
 /// Random weights, the same for the same seed.
 #[derive(Clone, Copy, Debug)]
@@ -32,12 +40,14 @@ impl Random {
     /// A matrix that keeps magnitudes about as they are.
     pub fn matrix(&mut self, name: String, rows: usize, cols: usize) -> TinyTensor {
         let scale = 1.5 / (cols as f32).sqrt();
-        (name, vec![rows, cols], (0..rows * cols).map(|_| scale * self.number()).collect())
+        let values = (0..rows * cols).map(|_| scale * self.number()).collect();
+        TinyTensor { name, shape: vec![rows, cols], values }
     }
 
     /// A vector around `middle`: 1 for norms, 0 for biases.
     pub fn vector(&mut self, name: String, len: usize, middle: f32) -> TinyTensor {
-        (name, vec![len], (0..len).map(|_| middle + 0.1 * self.number()).collect())
+        let values = (0..len).map(|_| middle + 0.1 * self.number()).collect();
+        TinyTensor { name, shape: vec![len], values }
     }
 }
 
@@ -54,7 +64,7 @@ pub fn write_checkpoint_with(
 ) -> io::Result<()> {
     std::fs::create_dir_all(folder)?;
     std::fs::write(folder.join("config.json"), config.to_string())?;
-    let floats = tensors.iter().map(|(name, shape, values)| {
+    let floats = tensors.iter().map(|TinyTensor { name, shape, values }| {
         (name, Dtype::F32, shape.clone(), values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>())
     });
     let maps = maps.iter().map(|(name, values)| {
@@ -139,7 +149,7 @@ pub fn identities(name: String, size: usize, factors: &[f32]) -> TinyTensor {
             values[row * cols + block * size + row] = *factor;
         }
     }
-    (name, vec![size, cols], values)
+    TinyTensor { name, shape: vec![size, cols], values }
 }
 
 /// The tensors of a layer like Llama's behind `prefix`, of random weights; `input` is the width that its attention takes,
@@ -179,7 +189,7 @@ pub struct TinyLayer {
 
 /// Sets tensors whose names end like this to zeros, so that a layer adds nothing there.
 pub fn clear(tensors: &mut [TinyTensor], ends: &[&str]) {
-    for (name, _, values) in tensors {
+    for TinyTensor { name, values, .. } in tensors {
         if ends.iter().any(|end| name.ends_with(end)) {
             values.fill(0.0);
         }

@@ -167,7 +167,7 @@ impl Experts {
             shared.forward(commands, &memory.normed, None, rows, scratch, x)?;
         }
         let (gate_up, down) = (&self.gate_up.buffer, &self.down.buffer);
-        let io = MoeIo { x: memory.normed.whole(), rows, ids, weights, gate_up, down, out: x.whole() };
+        let io = MoeIo::new(memory.normed.whole(), rows, ids, weights, gate_up, down, x.whole());
         Ok(memory.kernel.encode(commands, &io)?)
     }
 }

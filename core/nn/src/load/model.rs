@@ -57,13 +57,9 @@ impl ModelSource {
                 StoredType::BF16 => DType::BF16,
                 _ => DType::F16,
             };
-            kind.moe = Some(MoeConfig {
-                experts: experts.experts,
-                experts_per_token: experts.per_token,
-                hidden_size: self.config.hidden_size,
-                intermediate_size: experts.intermediate_size,
-                dtype: Some(dtype),
-            });
+            let (hidden_size, wide) = (self.config.hidden_size, experts.intermediate_size);
+            let moe = MoeConfig::new(experts.experts, experts.per_token, hidden_size, wide);
+            kind.moe = Some(moe.with_dtype(dtype));
         }
         Ok((kinds, places))
     }

@@ -34,7 +34,7 @@ const SELECTION_MARGIN: f64 = 1.10;
   polyattn bench kernels --list
 
 Exit code 1 says that an answer is out of tolerance, that a backend failed, or, with --assert-selection, that the \
-selected backend is slower than it may be.")]
+selected backend is slower than it may be or that there was nothing to compare.")]
 pub(super) struct Args {
     /// Shapes whose name contains this, in which * stands for anything; may be given several times. Without, all that
     /// the device has room and speed for.
@@ -279,7 +279,7 @@ pub(super) fn run(args: &Args, context: &Context) -> Ended {
         std::fs::write(file, plot::roofline(&answer))
             .map_err(|error| Failure::new(format!("--plot {}: {error}", file.display())))?;
     }
-    let offenders = if args.assert_selection { offenders(&answer.shapes) } else { Vec::new() };
+    let offenders = if args.assert_selection { offenders(&answer.shapes, &answer.device) } else { Vec::new() };
     context.answer(&answer, || table(&answer))?;
     for offender in &offenders {
         output::complain(offender);
@@ -382,8 +382,11 @@ fn compare_with_decode(measured: &mut [Measured], shapes: &[Shape]) {
     }
 }
 
-/// A sentence for each shape whose selected backend is slower than it may be.
-fn offenders(shapes: &[Measured]) -> Vec<String> {
+/// A sentence for each shape whose selected backend is slower than it may be, or one where there is nothing to compare.
+fn offenders(shapes: &[Measured], device: &str) -> Vec<String> {
+    if shapes.iter().flat_map(|shape| &shape.backends).all(|row| row.numbers().is_none()) {
+        return vec![format!("--assert-selection compared nothing: no backend was measured on any shape on {device}")];
+    }
     let mut out = Vec::new();
     for shape in shapes {
         let times = || shape.backends.iter().filter_map(|row| Some((row.backend, row.numbers()?.microseconds)));
