@@ -451,8 +451,9 @@ impl Drafting {
             return Err(ProposerError::Mismatch(message).into());
         }
         let most = drafter.max_tokens();
-        if most >= BLOCK_ROOM {
-            return Err(EngineError::Request(format!("proposer '{name}' drafts {most} tokens, at most {BLOCK_ROOM}")));
+        let bound = BLOCK_ROOM - 1;
+        if most > bound {
+            return Err(EngineError::Request(format!("proposer '{name}' drafts {most} tokens, at most {bound}")));
         }
         let width = checked_width(name, asked.unwrap_or_else(|| drafter.default_tokens()), most)?;
         let Strategies { tree, rule, policy } = strategies;
