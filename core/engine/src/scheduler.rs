@@ -115,7 +115,7 @@ pub(crate) struct Running {
     prefilled: bool,
     /// Whether the drafter drafts for it.
     drafts: bool,
-    /// Tokens that the drafter was told of.
+    /// Tokens that the drafter was told of, in their pages too; 0 where those hold nothing of a drafter's.
     committed: usize,
     counts: Option<AcceptanceCounts>,
     steps: u64,
@@ -173,6 +173,7 @@ impl Running {
                 break;
             }
         }
+        meter::tokens(self.tokens.len() - before);
         let now = Instant::now();
         self.first_token.get_or_insert(now);
         self.last_token = Some(now);
@@ -427,16 +428,18 @@ impl Engine {
         // At least one token is run, for its logits.
         let most = (next.tokens.len() - 1) / page_size;
         let reuse = self.drafting.as_ref().filter(|_| next.drafts).map(Drafting::reuse);
-        let mut pages = match reuse {
+        let (mut pages, kind) = match reuse {
             Some(PrefixReuse::None) => return,
-            Some(_) => self.pages.begin(PageKind::Drafted, &next.tokens, page_size as u32, most),
+            Some(_) => (self.pages.begin(PageKind::Drafted, &next.tokens, page_size as u32, most), PageKind::Drafted),
             None => {
                 let mut plain = self.pages.begin(PageKind::Plain, &next.tokens, page_size as u32, most);
                 let mut drafted = self.pages.begin(PageKind::Drafted, &next.tokens, page_size as u32, most);
-                let (longer, shorter) =
-                    if plain.len() >= drafted.len() { (&mut plain, &mut drafted) } else { (&mut drafted, &mut plain) };
+                let (longer, shorter, kind) = match plain.len() >= drafted.len() {
+                    true => (&mut plain, &mut drafted, PageKind::Plain),
+                    false => (&mut drafted, &mut plain, PageKind::Drafted),
+                };
                 self.pages.release(shorter);
-                std::mem::take(longer)
+                (std::mem::take(longer), kind)
             }
         };
         if reuse == Some(PrefixReuse::AllButTheLastPage) {
@@ -444,8 +447,12 @@ impl Engine {
             self.pages.release(&mut last);
         }
         next.computed = pages.len() * page_size;
-        next.committed = next.computed;
-        next.cached_tokens = next.computed.min(next.request.prompt.len());
+        // Plain pages stay plain: the drafter knows nothing of them.
+        next.committed = if kind == PageKind::Drafted { next.computed } else { 0 };
+        // Of its own pages, found again after others needed them, nothing was saved.
+        if next.preemptions == 0 {
+            next.cached_tokens = next.computed.min(next.request.prompt.len());
+        }
         next.pages = pages;
         meter::cached(next.computed);
     }
@@ -530,7 +537,10 @@ impl Engine {
                 failed.push(self.running.remove(at));
             }
         }
-        self.running.iter_mut().for_each(Running::lose_drafter);
+        for one in &mut self.running {
+            one.lose_drafter();
+            one.committed = 0;
+        }
         let several = failed.len() > 1;
         let mut error = Some(error);
         let mut shared: Option<Arc<EngineError>> = None;
@@ -587,8 +597,9 @@ impl Engine {
         let prefilling = self.running.iter().any(|one| !one.prefilled);
         let decoding = self.running.iter().any(|one| one.prefilled);
         // Prompts and decoding take turns, so that neither waits for the other's end.
-        self.prefilled_last = prefilling && !(decoding && self.prefilled_last);
-        if self.prefilled_last { self.prefill(concerned) } else { self.decode(concerned) }
+        let after_prompts = self.prefilled_last;
+        self.prefilled_last = prefilling && !(decoding && after_prompts);
+        if self.prefilled_last { self.prefill(concerned) } else { self.decode(concerned, after_prompts) }
     }
 
     /// The recording that the next pass goes into; it may hold what the last one committed.
@@ -738,13 +749,13 @@ impl Engine {
     /// One token of one request. The next pass takes its id on the device, so it is under way before the host has seen
     /// it.
     fn run_ahead(&mut self, concerned: &mut Vec<u64>) -> Result<(), EngineError> {
-        if let Some(commands) = self.recorded.take() {
-            let _ = commands.submit()?;
-        }
         // The oldest: a request that came later waits until what is under way is seen.
         let Some(one) = self.running.first() else { return Ok(()) };
         let id = one.id;
         concerned.push(id);
+        if let Some(commands) = self.recorded.take() {
+            let _ = commands.submit()?;
+        }
         // On the CPU a pass is over when it is recorded: running ahead would only compute what is thrown away.
         let most = if self.device.is_cpu() { 1 } else { 2 };
         while self.ahead.len() < most && self.can_run_ahead() {
@@ -764,6 +775,7 @@ impl Engine {
                 break;
             }
             let one = &self.running[0];
+            let begun = Instant::now();
             let mut commands = self.device.commands()?;
             let ids = [one.tokens[one.tokens.len() - 1]];
             let ids = match submitted {
@@ -776,9 +788,12 @@ impl Engine {
             let best = self.runner.best(&mut commands, 1)?;
             self.ahead.push_back(commands.read_back(best)?);
             let _ = commands.submit()?;
+            self.times.models += begun.elapsed();
         }
         let Some(next) = self.ahead.pop_front() else { return Ok(()) };
+        let waiting = Instant::now();
         let id_of_token = next.wait_as::<u32>()?;
+        self.times.models += waiting.elapsed();
         let one = &self.running[0];
         self.check_finite(&TargetRows::Best(&id_of_token), 0, one.tokens.len() - 1)?;
         let one = &mut self.running[0];
@@ -792,8 +807,9 @@ impl Engine {
         Ok(())
     }
 
-    /// The next tokens of every request that is past its prompt: draft, verify, emit.
-    fn decode(&mut self, concerned: &mut Vec<u64>) -> Result<(), EngineError> {
+    /// The next tokens of every request that is past its prompt: draft, verify, emit. Behind prompts the device may
+    /// still be at what the drafter makes of them.
+    fn decode(&mut self, concerned: &mut Vec<u64>, after_prompts: bool) -> Result<(), EngineError> {
         let begun = Instant::now();
         // As many as the pass has rows for, and the rows that each may take.
         let rows = self.runner.sizes().head_rows.min(self.runner.sizes().rows) as usize;
@@ -874,7 +890,12 @@ impl Engine {
         let read = read.map(Readback::wait_as::<u32>).transpose()?;
         let answers = answers.wait()?;
         self.times.models += asking.elapsed();
-        self.judge(parts, read.as_deref(), &answers, begun, drafted_in)
+        let observed = self.judge(parts, read.as_deref(), &answers, begun, drafted_in)?;
+        if let Some(drafting) = &mut self.drafting {
+            let time = (!after_prompts).then(|| begun.elapsed());
+            drafting.policy.observe(&StepObserved::new(&observed, time));
+        }
+        Ok(())
     }
 
     /// The tokens to draft for a request, within the rows that it may take.
@@ -1025,7 +1046,7 @@ impl Engine {
         Ok(Answers { best, logits })
     }
 
-    /// Verdicts on the drafts of a pass, and what follows from them.
+    /// Verdicts on the drafts of a pass, and what follows from them; answers what became of each.
     fn judge(
         &mut self,
         parts: Vec<Part>,
@@ -1033,7 +1054,7 @@ impl Engine {
         answers: &Answered,
         begun: Instant,
         drafted_in: Duration,
-    ) -> Result<(), EngineError> {
+    ) -> Result<Vec<SequenceObserved>, EngineError> {
         let vocab = self.model.vocab_size as usize;
         let page_size = self.page_size() as u32;
         let mut commits: Vec<(u64, Vec<u32>, u32)> = Vec::new();
@@ -1097,7 +1118,6 @@ impl Engine {
                 counts.took(drafted_in / drafted_parts, verified_in / drafted_parts);
                 meter::verified(part.draft.len(), accepted);
             }
-            meter::tokens(count);
             observed.push(SequenceObserved {
                 sequence: part.id,
                 drafted: depth,
@@ -1128,17 +1148,15 @@ impl Engine {
                 commits.push((part.id, rows.map(|row| part.first_row + row).collect(), anchor as u32));
             }
         }
-        if let Some(drafting) = &mut self.drafting {
-            drafting.policy.observe(&StepObserved::new(&observed, Some(begun.elapsed())));
-        }
         if !moves.is_empty() {
             let mut commands = self.recording()?;
             self.runner.move_slots(&mut commands, &self.kernels, &moves)?;
-            // At once: a drafter that fails later takes its recording with it, and these must not be lost.
+            // At once: a drafter that fails takes its recording with it, and these must not be lost.
             commands.flush()?;
             self.recorded = Some(commands);
         }
-        self.commit(&commits)
+        self.commit(&commits)?;
+        Ok(observed)
     }
 
     /// Tells the drafter which rows of the last pass stand.
@@ -1161,6 +1179,8 @@ impl Engine {
         self.times.models += begun.elapsed();
         match told {
             Ok(()) => {
+                // At once, as the moves: what is recorded next may be dropped, or run over the taps that this reads.
+                commands.flush()?;
                 self.recorded = Some(commands);
                 for (id, rows, position) in commits {
                     if let Some(at) = self.place(*id) {

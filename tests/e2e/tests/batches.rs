@@ -13,11 +13,12 @@ use std::{
 };
 
 use polyattn_api::{
-    Draft, Drafter, INTERFACE_VERSION, LoadContext, Origin, Outcome, Proposal, ProposeContext, Proposer, ProposerEntry,
-    ProposerError, ProposerRequirements, Registry, StrategyConfig, TapSpec, TargetFacts,
+    Draft, Drafter, INTERFACE_VERSION, LengthPolicy, LengthWish, LoadContext, Origin, Outcome, Proposal,
+    ProposeContext, Proposer, ProposerEntry, ProposerError, ProposerRequirements, Registry, StepObserved,
+    StrategyConfig, TapSpec, TargetFacts,
 };
-use polyattn_device::Device;
-use polyattn_e2e::{assert_same_up_to_ties, engine, greedy, margins, tests_folder};
+use polyattn_device::{Buffer, Device};
+use polyattn_e2e::{assert_same_up_to_ties, devices, engine, greedy, margins, tests_folder};
 use polyattn_engine::{
     Engine, EngineOptions, Generation, Happened, Request, RequestId, Sampling, SpeculativeOptions, StopReason,
 };
@@ -281,6 +282,7 @@ fn nothing_is_lost_when_pages_run_out() {
             for (got, (want, margins)) in got.iter().zip(&want) {
                 assert_eq!(got.stop, StopReason::Length);
                 assert_same_up_to_ties(&got.tokens, want, margins, &format!("{method:?}, few pages"));
+                assert_eq!(got.cached_tokens, 0, "no other request filled a page of it");
             }
             assert!(got.iter().any(|generation| generation.preemptions > 0), "{method:?}: nobody waited");
         }
@@ -583,8 +585,172 @@ fn a_lost_drafter_is_counted() {
     let count = |name: &str| counts.0.lock()[name].load(Ordering::Relaxed);
     assert_eq!(count("polyattn_drafters_lost_total"), 4);
     assert_eq!(count("polyattn_requests_total"), 5);
+    assert_eq!(count("polyattn_tokens_total"), 5 * 20);
     assert_eq!(
         count("polyattn_drafted_tokens_total"),
         count("polyattn_accepted_tokens_total") + count("polyattn_wasted_tokens_total")
     );
+}
+
+/// Every token is counted, whichever way it came, and the time of the passes that run ahead is the models'.
+#[test]
+fn plain_tokens_are_counted_and_timed() {
+    let counts = Counts::default();
+    metrics::with_local_recorder(&counts, || {
+        let mut engine = engine(&tiny(), &Device::cpu(), &EngineOptions::default().with_context(128));
+        let id = engine.add_request(request(&[7], 60)).unwrap();
+        while !engine.step().iter().any(|event| matches!(event.what, Happened::Tokens(_))) {}
+        // What comes now is decoded alone.
+        engine.take_times();
+        assert!(!engine.is_idle(), "{id} goes on");
+        while !engine.is_idle() {
+            engine.step();
+        }
+        let times = engine.take_times();
+        assert!(times.efficiency() > 0.5, "{times:?}");
+    });
+    assert_eq!(counts.0.lock()["polyattn_tokens_total"].load(Ordering::Relaxed), 60);
+}
+
+/// Each text begins with the whole of the one before, and finds all of its pages.
+#[test]
+fn a_growing_text_is_shared() {
+    let source = tiny();
+    for method in [None, Some("ngram")] {
+        let mut options = match method {
+            None => EngineOptions::default(),
+            Some(method) => options(method, None, None),
+        };
+        options = options.with_context(128);
+        options.prefix_cache = true;
+        let mut engine = engine(&source, &Device::cpu(), &options);
+        for (length, cached) in [(33, 0), (65, 32), (97, 64), (113, 96)] {
+            let text: Vec<u32> = (0..length).map(|place| 20 + place * 7 % 31).collect();
+            let mut request = request(&text, 4);
+            request.speculative = false;
+            let got = engine.generate(&request, &mut |_| ControlFlow::Continue(())).unwrap();
+            assert_eq!(got.cached_tokens, cached, "{method:?}, {length} tokens");
+        }
+    }
+}
+
+/// Marks on the device each time it is told of a sequence, and looks for the marks in its proposals. Fails in its first.
+#[derive(Debug)]
+struct Marking;
+
+/// What the drafter found, proposal by proposal, for each time it was told of the sequence.
+static MARKS: parking_lot::Mutex<Vec<u32>> = parking_lot::Mutex::new(Vec::new());
+
+#[derive(Debug)]
+struct MarkingDrafter {
+    taps: TapSpec,
+    ones: Buffer,
+    /// 256 bytes for each time it was told.
+    marks: Buffer,
+    /// The sequences it was told of.
+    told: Vec<u64>,
+    calls: u32,
+}
+
+impl Proposer for Marking {
+    fn name(&self) -> &'static str {
+        "marking"
+    }
+
+    fn requirements(&self) -> &ProposerRequirements {
+        const NEEDS: ProposerRequirements = ProposerRequirements::none();
+        &NEEDS
+    }
+
+    fn load(&self, context: &LoadContext<'_>) -> Result<Box<dyn Drafter>, ProposerError> {
+        Ok(Box::new(MarkingDrafter {
+            taps: TapSpec::default(),
+            ones: context.device.upload(&[1u32; 64], "ones")?,
+            marks: context.device.upload(&[0u32; 64 * 32], "marks")?,
+            told: Vec::new(),
+            calls: 0,
+        }))
+    }
+}
+
+impl Drafter for MarkingDrafter {
+    fn taps(&self) -> &TapSpec {
+        &self.taps
+    }
+
+    fn max_tokens(&self) -> u32 {
+        2
+    }
+
+    fn propose(&mut self, context: &mut ProposeContext<'_>) -> Result<Proposal, ProposerError> {
+        self.calls += 1;
+        if self.calls == 1 {
+            return Err(ProposerError::Unsupported("no ideas yet".into()));
+        }
+        let marks = context.commands.read_back(self.marks.whole())?;
+        context.commands.flush()?;
+        let marks = marks.wait_as::<u32>()?;
+        let wanted = |id: &u64| context.sequences.iter().any(|one| one.id == *id);
+        MARKS.lock().extend(marks.chunks(64).zip(&self.told).filter(|(_, id)| wanted(id)).map(|(mark, _)| mark[0]));
+        Ok(Proposal::Host(context.sequences.iter().map(|_| vec![1].into()).collect()))
+    }
+
+    fn commit(&mut self, outcome: &mut Outcome<'_>) -> Result<(), ProposerError> {
+        for one in outcome.sequences {
+            let place = self.marks.slice(256 * self.told.len() as u64, 256)?;
+            self.told.push(one.id);
+            outcome.commands.copy(self.ones.whole(), place)?;
+        }
+        Ok(())
+    }
+}
+
+/// Wants no drafts of the second request in its first step.
+#[derive(Debug, Default)]
+struct Later {
+    asked: bool,
+}
+
+impl LengthPolicy for Later {
+    fn name(&self) -> &'static str {
+        "later"
+    }
+
+    fn width(&mut self, wish: &LengthWish) -> u32 {
+        if wish.sequence == 1 && !std::mem::replace(&mut self.asked, true) { 0 } else { 1 }
+    }
+
+    fn observe(&mut self, step: &StepObserved<'_>) {
+        TIMED.lock().push(step.time.is_some());
+    }
+}
+
+polyattn_api::register_length_policy!("later", |parameters| {
+    polyattn_api::strategy::none(parameters).map(|()| Box::new(Later::default()) as Box<dyn LengthPolicy>)
+});
+
+/// Whether each observed step had a time.
+static TIMED: parking_lot::Mutex<Vec<bool>> = parking_lot::Mutex::new(Vec::new());
+
+/// A drafter that fails for one request takes nothing away that it was told of another. Steps are timed where no prompt
+/// stands before them.
+#[test]
+fn commits_survive_a_failed_proposal() {
+    let source = tiny();
+    let origin = Origin { crate_name: "stranger", version: "0.1.0" };
+    let marking = polyattn_api::RegisteredProposer { origin, proposer: Arc::new(Marking) };
+    let registry = Registry::global().unwrap().with_proposer(marking).unwrap();
+    for device in devices() {
+        MARKS.lock().clear();
+        TIMED.lock().clear();
+        let mut options = options("marking", None, None);
+        options.speculative.as_mut().unwrap().length = Some(StrategyConfig::new("later"));
+        let mut engine = Engine::load(&source, &device, &registry, &options, &mut |_| {}).unwrap();
+        let got = run_all(&mut engine, vec![request(&[5, 9, 17], 8), request(&[3, 4, 3], 8)]);
+        assert!(got[0].drafter_lost && !got[1].drafter_lost);
+        let marks = MARKS.lock();
+        assert!(!marks.is_empty() && marks.iter().all(|mark| *mark == 1), "{device:?}: {marks:?}");
+        let timed = TIMED.lock();
+        assert!(!timed[0] && timed.len() > 1 && timed[1..].iter().all(|timed| *timed), "{timed:?}");
+    }
 }
