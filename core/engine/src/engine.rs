@@ -27,6 +27,9 @@ use crate::{
 /// Tokens beyond the context that the pool has room for: a drafter's block reaches beyond what is emitted.
 const BLOCK_ROOM: u32 = 128;
 
+/// Bytes of the logits of a pass at the most, where many requests have drafts.
+const LOGITS_BYTES: u64 = 1 << 30;
+
 /// Nodes of a tree where the user asked for no number: few enough for devices that are not large.
 const DEFAULT_TREE_NODES: u32 = 16;
 
@@ -254,7 +257,14 @@ impl Engine {
         let decoder = Arc::new(Decoder::load(source, device, positions, progress)?);
         let enough = positions.div_ceil(options.page_size).saturating_mul(options.max_sequences);
         let pool_pages = options.pool_pages.unwrap_or(enough);
-        let rows = options.prefill_chunk.min(context).max(room);
+        // The drafts of all requests at once, if their logits fit; a drafter is loaded for so many rows.
+        let drafted = speculative.map_or(0, |speculative| {
+            (1 + speculative.num_speculative_tokens.unwrap_or(DEFAULT_TREE_NODES).max(tree_nodes))
+                .saturating_mul(options.max_sequences)
+        });
+        let logits = LOGITS_BYTES.min(device.facts().limits.binding_bytes) / (u64::from(model.vocab_size) * 4).max(1);
+        let drafted = drafted.min(u32::try_from(logits).unwrap_or(u32::MAX));
+        let rows = options.prefill_chunk.min(context).max(room).max(drafted);
         let drafting = match (&resolution.proposer, &resolution.draft_config, speculative) {
             (Some(entry), Some(draft_config), Some(speculative)) => {
                 let kernel = |served: &Arc<_>| Arc::clone(served) as Arc<dyn AttentionKernel>;
@@ -290,6 +300,9 @@ impl Engine {
         let taps = drafting.as_ref().map_or(&nothing, |drafting| drafting.drafter.taps());
         let of_one = 1 + drafting.as_ref().map_or(0, |drafting| drafting.drafter.max_tokens().max(tree_nodes));
         let head_rows = of_one.saturating_mul(options.max_sequences).min(rows).max(1);
+        if let Some(drafting) = &drafting {
+            drafting.warn_of_share(head_rows, options.max_sequences);
+        }
         let sizes = RunnerSizes { rows, head_rows, pool_pages, page_size: options.page_size };
         let moe = resolution.moe_of(Role::Target).next();
         let runner = Runner::new(device, Arc::clone(&decoder), layer_kinds, sizes, dtype, taps, moe)?;
@@ -356,6 +369,15 @@ impl Engine {
         let drafting = self.drafting.as_ref()?;
         let tree = drafting.tree.as_ref().map_or("chain", |(tree, _)| tree.name());
         Some((tree, drafting.rule.name(), drafting.policy.name()))
+    }
+
+    /// Tokens verified a step for each of `max_sequences` requests at once: fewer than [`proposer`](Self::proposer) says
+    /// where the rows of a pass are too few for all. `None` without a proposer.
+    #[must_use]
+    pub fn full_batch_width(&self) -> Option<u32> {
+        let drafting = self.drafting.as_ref()?;
+        let share = self.runner.sizes().head_rows / self.max_sequences as u32;
+        Some(drafting.wanted().min(share.saturating_sub(1)))
     }
 
     /// Whether what is emitted with drafts follows the target's distribution.
@@ -461,6 +483,22 @@ impl Drafting {
             tracing::warn!("acceptance '{}' is lossy: what is emitted is not the target's", rule.name());
         }
         Ok(Self { drafter, name, width, tree, rule, policy })
+    }
+
+    /// Rows wanted for the draft of a request: nodes of its tree, or tokens of its chain.
+    fn wanted(&self) -> u32 {
+        self.tree.as_ref().map_or(self.width, |(_, nodes)| (*nodes).max(self.width))
+    }
+
+    /// Says so where a full batch has shorter drafts than were asked for.
+    fn warn_of_share(&self, head_rows: u32, sequences: u32) {
+        let (wanted, left) = (self.wanted(), (head_rows / sequences).saturating_sub(1));
+        if left < wanted {
+            tracing::warn!(
+                "{sequences} requests at once share the {head_rows} rows of a pass: each has {left} drafted tokens then, \
+                 not {wanted}; fewer max_sequences or a larger prefill_chunk leave more"
+            );
+        }
     }
 
     /// What of its state another sequence can begin with.

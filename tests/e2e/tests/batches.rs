@@ -205,7 +205,7 @@ fn accepted_paths_leave_the_cache_of_a_chain() {
     let source = tiny();
     let device = Device::cpu();
     let want = plain(&source, &device, 40);
-    *KNOWN.write() = prompts().iter().zip(&want).map(|(prompt, (tokens, _))| [&prompt[..], tokens].concat()).collect();
+    KNOWN.write().extend(prompts().iter().zip(&want).map(|(prompt, (tokens, _))| [&prompt[..], tokens].concat()));
     let registry = registry();
     for tree in [None, Some("top-k")] {
         for sequences in [1, 4] {
@@ -220,6 +220,25 @@ fn accepted_paths_leave_the_cache_of_a_chain() {
             }
         }
     }
+}
+
+/// Each of many requests at once has drafts as long as were asked for.
+#[test]
+fn a_full_batch_has_whole_drafts() {
+    let source = tiny();
+    let device = Device::cpu();
+    let prompts: Vec<Vec<u32>> = (0..30).map(|first| vec![first, 7, 3]).collect();
+    let mut alone = engine(&source, &device, &EngineOptions::default().with_context(64));
+    let want: Vec<Vec<u32>> = prompts.iter().map(|prompt| greedy(&mut alone, prompt, 20).tokens).collect();
+    KNOWN.write().extend(prompts.iter().zip(&want).map(|(prompt, tokens)| [&prompt[..], tokens].concat()));
+    let mut options = options("knowing", None, None).with_context(64).with_sequences(30);
+    // 30 × 6 rows are more than the 128 that a pass has in any case.
+    options.prefill_chunk = 16;
+    let mut engine = Engine::load(&source, &device, &registry(), &options, &mut |_| {}).unwrap();
+    assert_eq!(engine.full_batch_width(), Some(5));
+    let got = run_all(&mut engine, prompts.iter().map(|prompt| request(prompt, 20)).collect());
+    let whole = got.iter().filter(|one| one.acceptance.as_ref().unwrap().per_position.len() == 5).count();
+    assert_eq!(whole, 30);
 }
 
 #[test]
