@@ -6,9 +6,9 @@ use std::{
 
 use polyattn_api::{
     AcceptanceRule, AttentionConfig, AttentionKernel, BackendChoice, BackendName, DraftAttention, Drafter,
-    EngineConfig, Fixed, KernelConfig, KvCacheConfig, LengthPolicy, LoadContext, Match, ModelConfig, Phase,
-    PrefixReuse, ProposerError, Registry, Resolution, Role, SpeculativeConfig, StrategyConfig, TapSpec, TargetFacts,
-    TreeBuilder, resolve,
+    EngineConfig, Fixed, KernelConfig, KvCacheConfig, LengthPolicy, LoadContext, MOST_CANDIDATES, Match, ModelConfig,
+    Phase, PrefixReuse, ProposerError, Registry, Resolution, Role, SpeculativeConfig, StrategyConfig, TapSpec,
+    TargetFacts, TreeBuilder, contained, resolve,
 };
 use polyattn_device::{Commands, Device, Readback};
 use polyattn_nn::{
@@ -32,9 +32,6 @@ const LOGITS_BYTES: u64 = 1 << 30;
 
 /// Nodes of a tree where the user asked for no number: few enough for devices that are not large.
 const DEFAULT_TREE_NODES: u32 = 16;
-
-/// Candidates of a slot that a tree builder is given.
-pub(crate) const CANDIDATES: u32 = 8;
 
 /// Dispatches after which the GPU starts on a step whose answer the host waits for: on an H100 recording one takes about
 /// half as long as running it, so the GPU is never short of work.
@@ -178,6 +175,8 @@ pub(crate) struct Drafting {
     pub(crate) width: u32,
     /// Who makes trees, and of how many nodes.
     pub(crate) tree: Option<(Box<dyn TreeBuilder>, u32)>,
+    /// Candidates of a slot that it is told.
+    pub(crate) candidates: u32,
     pub(crate) rule: Box<dyn AcceptanceRule>,
     pub(crate) policy: Box<dyn LengthPolicy>,
 }
@@ -440,6 +439,7 @@ impl Engine {
 /// How drafts are used.
 struct Strategies {
     tree: Option<(Box<dyn TreeBuilder>, u32)>,
+    candidates: u32,
     rule: Box<dyn AcceptanceRule>,
     policy: Box<dyn LengthPolicy>,
 }
@@ -452,8 +452,20 @@ impl Strategies {
         let rule = options.acceptance.as_ref().map(|rule| registry.strategy::<dyn AcceptanceRule>(rule)).transpose();
         let policy = options.length.as_ref().map(|policy| registry.strategy::<dyn LengthPolicy>(policy)).transpose();
         let nodes = options.tree_nodes.unwrap_or(DEFAULT_TREE_NODES);
+        let tree = tree.map_err(EngineError::Request)?.filter(|tree| tree.branches()).map(|tree| (tree, nodes));
+        let candidates = tree.as_ref().map_or(Ok(0), |(builder, nodes)| {
+            contained(|| builder.candidates(*nodes)).map_err(|message| ProposerError::Strategy {
+                kind: "tree builder",
+                name: builder.name().to_owned(),
+                what: format!("it panicked in candidates: {message}"),
+            })
+        })?;
+        if candidates > MOST_CANDIDATES {
+            tracing::warn!("tree builder wants {candidates} candidates of a slot and is told {MOST_CANDIDATES}");
+        }
         Ok(Self {
-            tree: tree.map_err(EngineError::Request)?.filter(|tree| tree.branches()).map(|tree| (tree, nodes)),
+            tree,
+            candidates: candidates.clamp(1, MOST_CANDIDATES),
             rule: rule.map_err(EngineError::Request)?.unwrap_or_else(|| Box::new(Match)),
             policy: policy.map_err(EngineError::Request)?.unwrap_or_else(|| Box::new(Fixed::default())),
         })
@@ -478,11 +490,21 @@ impl Drafting {
             return Err(EngineError::Request(format!("proposer '{name}' drafts {most} tokens, at most {bound}")));
         }
         let width = checked_width(name, asked.unwrap_or_else(|| drafter.default_tokens()), most)?;
-        let Strategies { tree, rule, policy } = strategies;
+        let Strategies { tree, candidates, rule, policy } = strategies;
         if !rule.lossless() {
             tracing::warn!("acceptance '{}' is lossy: what is emitted is not the target's", rule.name());
         }
-        Ok(Self { drafter, name, width, tree, rule, policy })
+        Ok(Self { drafter, name, width, tree, candidates, rule, policy })
+    }
+
+    /// What the acceptance rule did, by its name.
+    pub(crate) fn rule_fault(&self, what: String) -> ProposerError {
+        ProposerError::Strategy { kind: "acceptance rule", name: self.rule.name().to_owned(), what }
+    }
+
+    /// What the length policy did, by its name.
+    pub(crate) fn policy_fault(&self, what: String) -> ProposerError {
+        ProposerError::Strategy { kind: "length policy", name: self.policy.name().to_owned(), what }
     }
 
     /// Rows wanted for the draft of a request: nodes of its tree, or tokens of its chain.

@@ -11,13 +11,14 @@ use std::{
 use polyattn_api::{
     Accepted, CommittedRows, Draft, DraftSequence, LengthWish, Match, Outcome, Phase, PrefixReuse, Proposal,
     ProposeContext, ProposerError, Role, Sampling, SequenceObserved, StepObserved, TargetRows, TreeWish, Verification,
+    contained,
 };
 use polyattn_device::{Buffer, Commands, Readback};
 use polyattn_nn::ops;
 
 use crate::{
     Backends, Engine, EngineError, PageKind,
-    engine::{CANDIDATES, Drafting, HAND_OVER},
+    engine::{Drafting, HAND_OVER},
     meter,
     report::{AcceptanceCounts, Generation, StopReason},
     runner::{Head, Ids, Pass, PassSequence},
@@ -387,7 +388,11 @@ impl Engine {
         if let Some(fault) = request.sampling.fault() {
             return fail(fault);
         }
-        let refused = self.drafting.as_ref().and_then(|drafting| drafting.rule.refuses(&request.sampling));
+        let refused = self.drafting.as_ref().and_then(|drafting| {
+            contained(|| drafting.rule.refuses(&request.sampling)).unwrap_or_else(|message| {
+                Some(drafting.rule_fault(format!("it panicked in refuses: {message}")).to_string())
+            })
+        });
         match refused {
             Some(fault) if request.speculative => fail(fault),
             _ => Ok(()),
@@ -523,7 +528,9 @@ impl Engine {
         self.pages.release(&mut one.pages);
         if let Some(drafting) = &mut self.drafting {
             drafting.drafter.forget(one.id);
-            drafting.policy.forget(one.id);
+            if let Err(message) = contained(|| drafting.policy.forget(one.id)) {
+                tracing::warn!("{}", drafting.policy_fault(format!("it panicked in forget: {message}")));
+            }
         }
     }
 
@@ -893,7 +900,11 @@ impl Engine {
         let observed = self.judge(parts, read.as_deref(), &answers, begun, drafted_in)?;
         if let Some(drafting) = &mut self.drafting {
             let time = (!after_prompts).then(|| begun.elapsed());
-            drafting.policy.observe(&StepObserved::new(&observed, time));
+            let learnt = contained(|| drafting.policy.observe(&StepObserved::new(&observed, time)));
+            if let Err(message) = learnt {
+                let error = drafting.policy_fault(format!("it panicked in observe: {message}"));
+                self.lose_drafter(&decoding, &error);
+            }
         }
         Ok(())
     }
@@ -909,7 +920,15 @@ impl Engine {
         if most == 0 {
             return 0;
         }
-        drafting.policy.width(&LengthWish::new(id, batch as u32, drafting.width, most)).min(most)
+        let wish = LengthWish::new(id, batch as u32, drafting.width, most);
+        match contained(|| drafting.policy.width(&wish)) {
+            Ok(width) => width.min(most),
+            Err(message) => {
+                let error = drafting.policy_fault(format!("it panicked in width: {message}"));
+                self.lose_drafter(&[id], &error);
+                0
+            }
+        }
     }
 
     /// Pages for a draft: where there are none, the request goes without.
@@ -943,8 +962,9 @@ impl Engine {
         let tree = drafting.tree.as_ref().map(|(builder, nodes)| TreeWish {
             builder: builder.as_ref(),
             nodes: (*nodes).min(share - 1),
-            candidates: CANDIDATES,
+            candidates: drafting.candidates,
         });
+        let mut faults: Vec<(u64, ProposerError)> = Vec::new();
         let mut context = ProposeContext::new(&mut commands, &sequences, &self.runner).with_tree(tree);
         let begun = Instant::now();
         let proposal = drafting.drafter.propose(&mut context);
@@ -952,12 +972,19 @@ impl Engine {
         let proposal = match proposal {
             Ok(Proposal::Marginals(all)) => {
                 let drafts = all.iter().zip(&sequences).map(|(marginals, sequence)| {
-                    tree.map_or_else(Draft::default, |tree| tree.builder.build(marginals, tree.nodes, sequence.width))
+                    let built = tree.map_or(Ok(Draft::default()), |tree| tree.build(marginals, sequence.width));
+                    built.unwrap_or_else(|error| {
+                        faults.push((sequence.id, error));
+                        Draft::default()
+                    })
                 });
                 Ok(Proposal::Host(drafts.collect()))
             }
             other => other,
         };
+        for (id, error) in &faults {
+            self.lose_drafter(&[*id], error);
+        }
         match proposal {
             Ok(proposal) => Ok((Some(proposal), commands)),
             Err(error) => {
@@ -1081,10 +1108,17 @@ impl Engine {
             let answer = answers.of(place, part.first_row, part.rows, vocab);
             let verification = Verification::new(&part.draft, &one.tokens, &one.request.sampling, answer);
             let judged = match &self.drafting {
-                Some(drafting) if !part.draft.is_empty() => drafting.rule.accept(&verification),
-                _ => polyattn_api::AcceptanceRule::accept(&Match, &verification),
+                Some(drafting) if !part.draft.is_empty() => contained(|| drafting.rule.accept(&verification))
+                    .map_err(|message| drafting.rule_fault(format!("it panicked in accept: {message}"))),
+                _ => Ok(polyattn_api::AcceptanceRule::accept(&Match, &verification)),
             };
-            let Accepted { nodes, bonus } = judged;
+            let Accepted { nodes, bonus } = match judged {
+                Ok(accepted) => accepted,
+                Err(error) => {
+                    self.fail_one(part.id, error.into());
+                    continue;
+                }
+            };
             let mut before = None;
             let is_path = nodes.iter().all(|node| {
                 let goes_on = (*node as usize) < part.draft.len() && part.draft.parent(*node) == before;
@@ -1092,10 +1126,10 @@ impl Engine {
                 goes_on
             });
             if !is_path {
-                let rule = self.drafting.as_ref().map_or("", |drafting| drafting.rule.name());
-                let message =
-                    format!("acceptance rule '{rule}' kept nodes {nodes:?} of {}, which are no path", part.draft);
-                self.fail_one(part.id, EngineError::Request(message));
+                let what = format!("it kept nodes {nodes:?} of {}, which are no path", part.draft);
+                if let Some(error) = self.drafting.as_ref().map(|drafting| drafting.rule_fault(what)) {
+                    self.fail_one(part.id, error.into());
+                }
                 continue;
             }
             let last_row = nodes.last().map_or(0, |node| node + 1);

@@ -13,9 +13,9 @@ use std::{
 };
 
 use polyattn_api::{
-    Draft, Drafter, INTERFACE_VERSION, LengthPolicy, LengthWish, LoadContext, Origin, Outcome, Proposal,
-    ProposeContext, Proposer, ProposerEntry, ProposerError, ProposerRequirements, Registry, StepObserved,
-    StrategyConfig, TapSpec, TargetFacts,
+    AcceptanceRule, Accepted, Draft, Drafter, INTERFACE_VERSION, LengthPolicy, LengthWish, LoadContext, Marginals,
+    Origin, Outcome, Proposal, ProposeContext, Proposer, ProposerEntry, ProposerError, ProposerRequirements, Registry,
+    StepObserved, StrategyConfig, TapSpec, TargetFacts, TreeBuilder, TreeGrowth, Verification,
 };
 use polyattn_device::{Buffer, Device};
 use polyattn_e2e::{assert_same_up_to_ties, devices, engine, greedy, margins, tests_folder};
@@ -428,6 +428,12 @@ fn strategies_that_do_not_fit_are_refused() {
     assert!(text.contains("speculative.length") && text.contains("adaptive"), "{text}");
     let text = error(&|options| (options.tree, options.tree_nodes) = (Some(StrategyConfig::new("top-k")), Some(0)));
     assert!(text.contains("speculative.tree_nodes: 0"), "{text}");
+    let top_k = StrategyConfig::new("top-k").with(serde_json::json!({"k": 65}));
+    let text = error(&|options| options.tree = Some(top_k.clone()));
+    assert!(text.contains("k: 65 candidates, at most 64"), "{text}");
+    let paths = StrategyConfig::new("static").with(serde_json::json!({"paths": [[0], [64]]}));
+    let text = error(&|options| options.tree = Some(paths.clone()));
+    assert!(text.contains("rank 64, 0 to 63"), "{text}");
     let text = error(&|options| options.tree_nodes = Some(4));
     assert!(text.contains("4 is given, but no tree"), "{text}");
     let text = error(&|options| options.num_speculative_tokens = Some(4_000_000_000));
@@ -771,5 +777,184 @@ fn commits_survive_a_failed_proposal() {
         assert!(!marks.is_empty() && marks.iter().all(|mark| *mark == 1), "{device:?}: {marks:?}");
         let timed = TIMED.lock();
         assert!(!timed[0] && timed.len() > 1 && timed[1..].iter().all(|timed| *timed), "{timed:?}");
+    }
+}
+
+/// A stranger's strategy: what it does wrong is in its name.
+#[derive(Debug)]
+struct Odd(&'static str);
+
+impl TreeBuilder for Odd {
+    fn name(&self) -> &'static str {
+        self.0
+    }
+
+    fn grow(&self, nodes: u32, depth: u32) -> Box<dyn TreeGrowth> {
+        polyattn_api::BestFirst.grow(nodes, depth)
+    }
+
+    fn build(&self, marginals: &Marginals, nodes: u32, depth: u32) -> Draft {
+        let several = |count: u32| Draft::tree((0..count).collect(), vec![None; count as usize]);
+        match self.0 {
+            "panicking" => panic!("no wood"),
+            "rootless" => Draft::tree(vec![1, 2], vec![Some(1), None]),
+            "large" => several(nodes + 1),
+            "deep" => vec![1; depth as usize + 1].into(),
+            _ => polyattn_api::BestFirst.build(marginals, nodes, depth),
+        }
+    }
+}
+
+impl LengthPolicy for Odd {
+    fn name(&self) -> &'static str {
+        self.0
+    }
+
+    fn width(&mut self, wish: &LengthWish) -> u32 {
+        assert!(self.0 != "unmeasured" || wish.sequence != 1, "no ruler");
+        2
+    }
+
+    fn observe(&mut self, _: &StepObserved<'_>) {
+        assert_ne!(self.0, "unobserved", "no eyes");
+    }
+
+    fn forget(&mut self, _: u64) {
+        panic!("never");
+    }
+}
+
+impl AcceptanceRule for Odd {
+    fn name(&self) -> &'static str {
+        self.0
+    }
+
+    fn accept(&self, verification: &Verification<'_>) -> Accepted {
+        assert!(verification.text[0] != 5, "no verdict");
+        polyattn_api::Match.accept(verification)
+    }
+}
+
+polyattn_api::register_tree_builder!("panicking", |_| Ok(Box::new(Odd("panicking")) as Box<dyn TreeBuilder>));
+polyattn_api::register_tree_builder!("rootless", |_| Ok(Box::new(Odd("rootless")) as Box<dyn TreeBuilder>));
+polyattn_api::register_tree_builder!("large", |_| Ok(Box::new(Odd("large")) as Box<dyn TreeBuilder>));
+polyattn_api::register_tree_builder!("deep", |_| Ok(Box::new(Odd("deep")) as Box<dyn TreeBuilder>));
+polyattn_api::register_length_policy!("unmeasured", |_| Ok(Box::new(Odd("unmeasured")) as Box<dyn LengthPolicy>));
+polyattn_api::register_length_policy!("unobserved", |_| Ok(Box::new(Odd("unobserved")) as Box<dyn LengthPolicy>));
+polyattn_api::register_acceptance_rule!("undecided", |_| Ok(Box::new(Odd("undecided")) as Box<dyn AcceptanceRule>));
+
+/// A strategy that panics, or builds what is no tree, costs drafts, or the request that it was asked about; nobody
+/// else's tokens.
+#[test]
+fn faults_of_strategies_are_contained() {
+    let source = tiny();
+    let device = Device::cpu();
+    let want = plain(&source, &device, 20);
+    let folder = tempfile::tempdir().unwrap();
+    let model = dflash(&source, folder.path());
+    let run = |change: &dyn Fn(&mut SpeculativeOptions)| {
+        let mut options = options("dflash", Some(model.clone()), None);
+        change(options.speculative.as_mut().unwrap());
+        run_all(&mut engine(&source, &device, &options), prompts().iter().map(|one| request(one, 20)).collect())
+    };
+    let same = |got: &[Generation], what: &str| {
+        for (got, (want, margins)) in got.iter().zip(&want) {
+            assert_same_up_to_ties(&got.tokens, want, margins, what);
+        }
+    };
+    for tree in ["panicking", "rootless", "large", "deep"] {
+        let got = run(&|options| options.tree = Some(StrategyConfig::new(tree)));
+        same(&got, tree);
+        assert!(got.iter().all(|one| one.drafter_lost), "{tree}");
+    }
+    for (policy, lost) in [("unmeasured", [false, true, false, false]), ("unobserved", [true; 4])] {
+        let got = run(&|options| options.length = Some(StrategyConfig::new(policy)));
+        same(&got, policy);
+        assert_eq!(got.iter().map(|one| one.drafter_lost).collect::<Vec<_>>(), lost, "{policy}");
+    }
+    // A verdict is part of the output: that request has none.
+    let mut options = options("dflash", Some(model.clone()), None);
+    options.speculative.as_mut().unwrap().acceptance = Some(StrategyConfig::new("undecided"));
+    let mut engine = engine(&source, &device, &options);
+    let ids: Vec<_> = prompts().iter().map(|one| engine.add_request(request(one, 20)).unwrap()).collect();
+    let (mut done, mut failed) = (BTreeMap::new(), Vec::new());
+    while !engine.is_idle() {
+        for event in engine.step() {
+            match event.what {
+                Happened::Finished(generation) => drop(done.insert(event.request, *generation)),
+                Happened::Failed(error) => failed.push((event.request, error.to_string())),
+                _ => {}
+            }
+        }
+    }
+    let fault = "acceptance rule 'undecided' is at fault: it panicked in accept: no verdict";
+    assert_eq!(failed, [(ids[0], fault.to_owned())]);
+    for (id, (want, margins)) in ids.iter().zip(&want).skip(1) {
+        assert_same_up_to_ties(&done[id].tokens, want, margins, "undecided about another");
+    }
+}
+
+/// Notes how many candidates it was asked for.
+#[derive(Debug)]
+struct Asked;
+
+#[derive(Debug)]
+struct AskedDrafter {
+    taps: TapSpec,
+}
+
+static TOLD: AtomicUsize = AtomicUsize::new(0);
+
+impl Proposer for Asked {
+    fn name(&self) -> &'static str {
+        "asked"
+    }
+
+    fn requirements(&self) -> &ProposerRequirements {
+        const NEEDS: ProposerRequirements = ProposerRequirements::none().drafts_trees();
+        &NEEDS
+    }
+
+    fn load(&self, _: &LoadContext<'_>) -> Result<Box<dyn Drafter>, ProposerError> {
+        Ok(Box::new(AskedDrafter { taps: TapSpec::default() }))
+    }
+}
+
+impl Drafter for AskedDrafter {
+    fn taps(&self) -> &TapSpec {
+        &self.taps
+    }
+
+    fn max_tokens(&self) -> u32 {
+        2
+    }
+
+    fn propose(&mut self, context: &mut ProposeContext<'_>) -> Result<Proposal, ProposerError> {
+        TOLD.store(context.tree.map_or(0, |tree| tree.candidates as usize), Ordering::Relaxed);
+        Ok(Proposal::Host(context.sequences.iter().map(|_| Draft::default()).collect()))
+    }
+
+    fn commit(&mut self, _: &mut Outcome<'_>) -> Result<(), ProposerError> {
+        Ok(())
+    }
+}
+
+/// A drafter is asked for as many candidates as the tree can use.
+#[test]
+fn trees_have_the_candidates_they_need() {
+    let source = tiny();
+    let origin = Origin { crate_name: "stranger", version: "0.1.0" };
+    let asked = polyattn_api::RegisteredProposer { origin, proposer: Arc::new(Asked) };
+    let registry = Registry::global().unwrap().with_proposer(asked).unwrap();
+    let top_k = StrategyConfig::new("top-k").with(serde_json::json!({"k": 20}));
+    let paths = StrategyConfig::new("static").with(serde_json::json!({"paths": [[0, 30], [11]]}));
+    let best = StrategyConfig::new("best-first");
+    for (tree, nodes, candidates) in [(top_k, 8, 20), (paths, 8, 31), (best.clone(), 24, 24), (best, 100, 64)] {
+        let mut options = options("asked", None, None);
+        let speculative = options.speculative.as_mut().unwrap();
+        (speculative.tree, speculative.tree_nodes) = (Some(tree.clone()), Some(nodes));
+        let mut engine = Engine::load(&source, &Device::cpu(), &registry, &options, &mut |_| {}).unwrap();
+        let _ = greedy(&mut engine, &[5, 9, 17], 4);
+        assert_eq!(TOLD.load(Ordering::Relaxed), candidates, "{tree} of {nodes}");
     }
 }
