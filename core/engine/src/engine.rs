@@ -460,8 +460,11 @@ impl Strategies {
                 what: format!("it panicked in candidates: {message}"),
             })
         })?;
-        if candidates > MOST_CANDIDATES {
-            tracing::warn!("tree builder wants {candidates} candidates of a slot and is told {MOST_CANDIDATES}");
+        if let Some((builder, _)) = tree.as_ref().filter(|_| candidates > MOST_CANDIDATES) {
+            let name = builder.name();
+            tracing::warn!(
+                "tree builder '{name}' wants {candidates} candidates of a slot and is told {MOST_CANDIDATES}"
+            );
         }
         Ok(Self {
             tree,
