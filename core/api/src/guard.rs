@@ -10,13 +10,17 @@ use polyattn_device::{Commands, Device, DeviceFacts};
 
 use crate::{
     AttentionIo, AttentionKernel, AttentionProblem, BackendError, BatchLayout, Decline, Draft, DraftSequence, Drafter,
-    LoadContext, MoeIo, MoeKernel, MoeProblem, MoveKv, Outcome, Plan, PrefixReuse, Proposal, ProposeContext,
+    LoadContext, Marginals, MoeIo, MoeKernel, MoeProblem, MoveKv, Outcome, Plan, PrefixReuse, Proposal, ProposeContext,
     ProposerError, RegisteredBackend, RegisteredMoeBackend, RegisteredProposer, StoreKv, StoreRotated, TapSpec,
+    TreeWish,
 };
 
 /// Calls what may panic; its message if it did. A plugin's state is not looked at again after a fault, so nothing is
 /// seen half changed.
-pub(crate) fn contained<T>(call: impl FnOnce() -> T) -> Result<T, String> {
+///
+/// # Errors
+/// The message of a panic.
+pub fn contained<T>(call: impl FnOnce() -> T) -> Result<T, String> {
     catch_unwind(AssertUnwindSafe(call)).map_err(|payload| said(&*payload))
 }
 
@@ -181,6 +185,31 @@ impl Drafter for GuardedDrafter {
         }) {
             tracing::warn!("{error}");
         }
+    }
+}
+
+impl TreeWish<'_> {
+    /// The builder's tree of these marginals, of up to `depth` levels; a panic in it, or a draft of another shape, is an
+    /// error that carries its name.
+    ///
+    /// # Errors
+    /// [`ProposerError::Strategy`].
+    pub fn build(&self, marginals: &Marginals, depth: u32) -> Result<Draft, ProposerError> {
+        let fault =
+            |what: String| ProposerError::Strategy { kind: "tree builder", name: self.builder.name().to_owned(), what };
+        let draft = contained(|| self.builder.build(marginals, self.nodes, depth))
+            .map_err(|message| fault(format!("it panicked in build: {message}")))?;
+        if let Some(what) = draft.fault() {
+            return Err(fault(format!("it built {what}")));
+        }
+        let levels = draft.depths().into_iter().max().unwrap_or(0);
+        if draft.len() > self.nodes as usize || levels > depth {
+            let (built, nodes) = (draft.len(), self.nodes);
+            return Err(fault(format!(
+                "it built {built} nodes in {levels} levels, where {nodes} in {depth} were wanted"
+            )));
+        }
+        Ok(draft)
     }
 }
 

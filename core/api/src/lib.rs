@@ -54,6 +54,7 @@ pub use config::{
 };
 pub use decline::Decline;
 pub use draft::{Candidate, Distribution, Draft, Marginals};
+pub use guard::contained;
 pub use layout::{LayoutError, Reader};
 pub use length::{Adaptive, Fixed, LengthPolicy, LengthWish, PerBatchSize, SequenceObserved, StepObserved};
 pub use merge::{AttentionState, MergeStates, merge_states};
@@ -77,7 +78,7 @@ pub use rotated::{HeadNorm, RotatedQueries, Rotation, StoreRotated, rotary_wgsl}
 pub use sampling::{Purpose, Sampling};
 pub use select::{Declined, Policy, Selection, SelectionError, select};
 pub use strategy::{StrategyConfig, StrategyEntry};
-pub use tree::{BestFirst, Chain, Static, TopK, TreeBuilder, TreeGrowth, TreeWish};
+pub use tree::{BestFirst, Chain, MOST_CANDIDATES, Static, TopK, TreeBuilder, TreeGrowth, TreeWish};
 
 /// What the registration macros expand to; not for use by hand.
 #[doc(hidden)]

@@ -620,6 +620,16 @@ pub enum ProposerError {
         /// What it did.
         what: String,
     },
+    /// A strategy breaks its contract: it panicked, or gave what does not fit.
+    #[error("{kind} '{name}' is at fault: {what}")]
+    Strategy {
+        /// What it is, such as a tree builder.
+        kind: &'static str,
+        /// Its name.
+        name: String,
+        /// What it did.
+        what: String,
+    },
     /// Attention failed.
     #[error(transparent)]
     Backend(#[from] BackendError),

@@ -6,6 +6,9 @@ use serde::Deserialize;
 
 use crate::{Candidate, Draft, Marginals, strategy};
 
+/// Candidates of a slot that a drafter is asked for at the most: a list of them is read back for every node.
+pub const MOST_CANDIDATES: u32 = 64;
+
 /// Makes trees of drafted tokens out of candidates and their probabilities. Registered with
 /// [`register_tree_builder!`](crate::register_tree_builder) and named in `speculative.tree`.
 ///
@@ -19,6 +22,12 @@ pub trait TreeBuilder: Debug + Send + Sync {
     /// Whether it makes anything but chains.
     fn branches(&self) -> bool {
         true
+    }
+
+    /// Candidates of a slot that can matter in a tree of up to `nodes` nodes: no node has more children than a tree has
+    /// nodes. Of more than [`MOST_CANDIDATES`] so many are told.
+    fn candidates(&self, nodes: u32) -> u32 {
+        nodes
     }
 
     /// A tree of up to `nodes` nodes and `depth` levels under way.
@@ -127,6 +136,10 @@ impl TreeBuilder for Chain {
         false
     }
 
+    fn candidates(&self, _: u32) -> u32 {
+        1
+    }
+
     fn grow(&self, nodes: u32, depth: u32) -> Box<dyn TreeGrowth> {
         let level = Level { width: 1, nodes: nodes.min(depth) as usize, depth, ..Level::default() };
         Box::new(Level { frontier: level.first_frontier(), ..level })
@@ -138,7 +151,7 @@ impl TreeBuilder for Chain {
 #[derive(Clone, Copy, Debug, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TopK {
-    /// Children of a node, and nodes that are followed.
+    /// Children of a node, and nodes that are followed; 1 to [`MOST_CANDIDATES`].
     pub k: u32,
 }
 
@@ -151,6 +164,10 @@ impl Default for TopK {
 impl TreeBuilder for TopK {
     fn name(&self) -> &'static str {
         "top-k"
+    }
+
+    fn candidates(&self, _: u32) -> u32 {
+        self.k
     }
 
     fn grow(&self, nodes: u32, depth: u32) -> Box<dyn TreeGrowth> {
@@ -205,7 +222,7 @@ impl TreeGrowth for Level {
 }
 
 /// `best-first`: the likeliest prefixes of all, one by one from a heap. With marginals these are exactly the `nodes`
-/// most probable ones, the tree of highest expected acceptance if the marginals were the target's. Source: DDTree, arXiv
+/// most probable ones, up to [`MOST_CANDIDATES`] nodes (beyond them among the candidates of that many ranks), the tree of highest expected acceptance if the marginals were the target's. Source: DDTree, arXiv
 /// 2604.12989.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct BestFirst;
@@ -304,7 +321,8 @@ impl TreeGrowth for Heap {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Static {
-    /// Each path is the rank of a candidate in every slot, 0 the most likely. The beginnings of a path are paths too.
+    /// Each path is the rank of a candidate in every slot, 0 the most likely, below [`MOST_CANDIDATES`]. The beginnings
+    /// of a path are paths too.
     pub paths: Vec<Vec<u32>>,
 }
 
@@ -326,6 +344,10 @@ impl Default for Static {
 impl TreeBuilder for Static {
     fn name(&self) -> &'static str {
         "static"
+    }
+
+    fn candidates(&self, _: u32) -> u32 {
+        self.paths.iter().flatten().max().map_or(1, |rank| rank.saturating_add(1))
     }
 
     fn grow(&self, nodes: u32, depth: u32) -> Box<dyn TreeGrowth> {
@@ -396,9 +418,16 @@ strategy::built_in! {
     dyn TreeBuilder, TREE_BUILDERS: [
         "best-first" => |parameters| strategy::none(parameters).map(|()| Box::new(BestFirst) as _),
         "chain" => |parameters| strategy::none(parameters).map(|()| Box::new(Chain) as _),
-        "static" => |parameters| strategy::read::<Static>(parameters).map(|one| Box::new(one) as _),
+        "static" => |parameters| {
+            let one = strategy::read::<Static>(parameters)?;
+            match one.paths.iter().flatten().find(|rank| **rank >= MOST_CANDIDATES) {
+                Some(rank) => Err(format!("paths: rank {rank}, 0 to {} are there", MOST_CANDIDATES - 1)),
+                None => Ok(Box::new(one) as _),
+            }
+        },
         "top-k" => |parameters| match strategy::read::<TopK>(parameters)? {
             TopK { k: 0 } => Err("k: 0 candidates make no tree, at least 1".into()),
+            TopK { k } if k > MOST_CANDIDATES => Err(format!("k: {k} candidates, at most {MOST_CANDIDATES}")),
             one => Ok(Box::new(one) as _),
         },
     ]

@@ -6,9 +6,9 @@ use std::{
 
 use polyattn_api::{
     AcceptanceRule, AttentionConfig, AttentionKernel, BackendChoice, BackendName, DraftAttention, Drafter,
-    EngineConfig, Fixed, KernelConfig, KvCacheConfig, LengthPolicy, LoadContext, Match, ModelConfig, Phase,
-    PrefixReuse, ProposerError, Registry, Resolution, Role, SpeculativeConfig, StrategyConfig, TapSpec, TargetFacts,
-    TreeBuilder, resolve,
+    EngineConfig, Fixed, KernelConfig, KvCacheConfig, LengthPolicy, LoadContext, MOST_CANDIDATES, Match, ModelConfig,
+    Phase, PrefixReuse, ProposerError, Registry, Resolution, Role, SpeculativeConfig, StrategyConfig, TapSpec,
+    TargetFacts, TreeBuilder, contained, resolve,
 };
 use polyattn_device::{Commands, Device, Readback};
 use polyattn_nn::{
@@ -27,11 +27,11 @@ use crate::{
 /// Tokens beyond the context that the pool has room for: a drafter's block reaches beyond what is emitted.
 const BLOCK_ROOM: u32 = 128;
 
+/// Bytes of the logits of a pass at the most, where many requests have drafts.
+const LOGITS_BYTES: u64 = 1 << 30;
+
 /// Nodes of a tree where the user asked for no number: few enough for devices that are not large.
 const DEFAULT_TREE_NODES: u32 = 16;
-
-/// Candidates of a slot that a tree builder is given.
-pub(crate) const CANDIDATES: u32 = 8;
 
 /// Dispatches after which the GPU starts on a step whose answer the host waits for: on an H100 recording one takes about
 /// half as long as running it, so the GPU is never short of work.
@@ -175,6 +175,8 @@ pub(crate) struct Drafting {
     pub(crate) width: u32,
     /// Who makes trees, and of how many nodes.
     pub(crate) tree: Option<(Box<dyn TreeBuilder>, u32)>,
+    /// Candidates of a slot that it is told.
+    pub(crate) candidates: u32,
     pub(crate) rule: Box<dyn AcceptanceRule>,
     pub(crate) policy: Box<dyn LengthPolicy>,
 }
@@ -256,7 +258,14 @@ impl Engine {
         // Reading the weights may take minutes: what cannot run is refused before.
         check_cache(&model, device.facts(), pool_pages, options.page_size, dtype)?;
         let decoder = Arc::new(Decoder::load(source, device, positions, progress)?);
-        let rows = options.prefill_chunk.min(context).max(room);
+        // The drafts of all requests at once, if their logits fit; a drafter is loaded for so many rows.
+        let drafted = speculative.map_or(0, |speculative| {
+            (1 + speculative.num_speculative_tokens.unwrap_or(DEFAULT_TREE_NODES).max(tree_nodes))
+                .saturating_mul(options.max_sequences)
+        });
+        let logits = LOGITS_BYTES.min(device.facts().limits.binding_bytes) / (u64::from(model.vocab_size) * 4).max(1);
+        let drafted = drafted.min(u32::try_from(logits).unwrap_or(u32::MAX));
+        let rows = options.prefill_chunk.min(context).max(room).max(drafted);
         let drafting = match (&resolution.proposer, &resolution.draft_config, speculative) {
             (Some(entry), Some(draft_config), Some(speculative)) => {
                 let kernel = |served: &Arc<_>| Arc::clone(served) as Arc<dyn AttentionKernel>;
@@ -292,6 +301,9 @@ impl Engine {
         let taps = drafting.as_ref().map_or(&nothing, |drafting| drafting.drafter.taps());
         let of_one = 1 + drafting.as_ref().map_or(0, |drafting| drafting.drafter.max_tokens().max(tree_nodes));
         let head_rows = of_one.saturating_mul(options.max_sequences).min(rows).max(1);
+        if let Some(drafting) = &drafting {
+            drafting.warn_of_share(head_rows, options.max_sequences);
+        }
         let sizes = RunnerSizes { rows, head_rows, pool_pages, page_size: options.page_size };
         let moe = resolution.moe_of(Role::Target).next();
         let runner = Runner::new(device, Arc::clone(&decoder), layer_kinds, sizes, dtype, taps, moe)?;
@@ -360,6 +372,15 @@ impl Engine {
         Some((tree, drafting.rule.name(), drafting.policy.name()))
     }
 
+    /// Tokens verified a step for each of `max_sequences` requests at once: fewer than [`proposer`](Self::proposer) says
+    /// where the rows of a pass are too few for all. `None` without a proposer.
+    #[must_use]
+    pub fn full_batch_width(&self) -> Option<u32> {
+        let drafting = self.drafting.as_ref()?;
+        let share = self.runner.sizes().head_rows / self.max_sequences as u32;
+        Some(drafting.wanted().min(share.saturating_sub(1)))
+    }
+
     /// Whether what is emitted with drafts follows the target's distribution.
     #[must_use]
     pub fn is_lossless(&self) -> bool {
@@ -420,6 +441,7 @@ impl Engine {
 /// How drafts are used.
 struct Strategies {
     tree: Option<(Box<dyn TreeBuilder>, u32)>,
+    candidates: u32,
     rule: Box<dyn AcceptanceRule>,
     policy: Box<dyn LengthPolicy>,
 }
@@ -432,8 +454,23 @@ impl Strategies {
         let rule = options.acceptance.as_ref().map(|rule| registry.strategy::<dyn AcceptanceRule>(rule)).transpose();
         let policy = options.length.as_ref().map(|policy| registry.strategy::<dyn LengthPolicy>(policy)).transpose();
         let nodes = options.tree_nodes.unwrap_or(DEFAULT_TREE_NODES);
+        let tree = tree.map_err(EngineError::Request)?.filter(|tree| tree.branches()).map(|tree| (tree, nodes));
+        let candidates = tree.as_ref().map_or(Ok(0), |(builder, nodes)| {
+            contained(|| builder.candidates(*nodes)).map_err(|message| ProposerError::Strategy {
+                kind: "tree builder",
+                name: builder.name().to_owned(),
+                what: format!("it panicked in candidates: {message}"),
+            })
+        })?;
+        if let Some((builder, _)) = tree.as_ref().filter(|_| candidates > MOST_CANDIDATES) {
+            let name = builder.name();
+            tracing::warn!(
+                "tree builder '{name}' wants {candidates} candidates of a slot and is told {MOST_CANDIDATES}"
+            );
+        }
         Ok(Self {
-            tree: tree.map_err(EngineError::Request)?.filter(|tree| tree.branches()).map(|tree| (tree, nodes)),
+            tree,
+            candidates: candidates.clamp(1, MOST_CANDIDATES),
             rule: rule.map_err(EngineError::Request)?.unwrap_or_else(|| Box::new(Match)),
             policy: policy.map_err(EngineError::Request)?.unwrap_or_else(|| Box::new(Fixed::default())),
         })
@@ -453,15 +490,42 @@ impl Drafting {
             return Err(ProposerError::Mismatch(message).into());
         }
         let most = drafter.max_tokens();
-        if most >= BLOCK_ROOM {
-            return Err(EngineError::Request(format!("proposer '{name}' drafts {most} tokens, at most {BLOCK_ROOM}")));
+        let bound = BLOCK_ROOM - 1;
+        if most > bound {
+            return Err(EngineError::Request(format!("proposer '{name}' drafts {most} tokens, at most {bound}")));
         }
         let width = checked_width(name, asked.unwrap_or_else(|| drafter.default_tokens()), most)?;
-        let Strategies { tree, rule, policy } = strategies;
+        let Strategies { tree, candidates, rule, policy } = strategies;
         if !rule.lossless() {
             tracing::warn!("acceptance '{}' is lossy: what is emitted is not the target's", rule.name());
         }
-        Ok(Self { drafter, name, width, tree, rule, policy })
+        Ok(Self { drafter, name, width, tree, candidates, rule, policy })
+    }
+
+    /// What the acceptance rule did, by its name.
+    pub(crate) fn rule_fault(&self, what: String) -> ProposerError {
+        ProposerError::Strategy { kind: "acceptance rule", name: self.rule.name().to_owned(), what }
+    }
+
+    /// What the length policy did, by its name.
+    pub(crate) fn policy_fault(&self, what: String) -> ProposerError {
+        ProposerError::Strategy { kind: "length policy", name: self.policy.name().to_owned(), what }
+    }
+
+    /// Rows wanted for the draft of a request: nodes of its tree, or tokens of its chain.
+    fn wanted(&self) -> u32 {
+        self.tree.as_ref().map_or(self.width, |(_, nodes)| (*nodes).max(self.width))
+    }
+
+    /// Says so where a full batch has shorter drafts than were asked for.
+    fn warn_of_share(&self, head_rows: u32, sequences: u32) {
+        let (wanted, left) = (self.wanted(), (head_rows / sequences).saturating_sub(1));
+        if left < wanted {
+            tracing::warn!(
+                "{sequences} requests at once share the {head_rows} rows of a pass: each has {left} drafted tokens then, \
+                 not {wanted}; fewer max_sequences or a larger prefill_chunk leave more"
+            );
+        }
     }
 
     /// What of its state another sequence can begin with.

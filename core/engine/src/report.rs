@@ -30,7 +30,8 @@ pub struct Acceptance {
     pub mean_length: f64,
     /// Accepted ÷ drafted tokens.
     pub rate: f64,
-    /// For each position the share of steps that accepted it, among those that drafted it.
+    /// For each position the share of steps with a draft that accepted it, whether or not they drafted as far: it does
+    /// not rise.
     pub per_position: Vec<f64>,
     /// Steps that drafted each position.
     pub drafted_per_position: Vec<u64>,
@@ -87,11 +88,8 @@ impl AcceptanceCounts {
         Acceptance {
             mean_length: 1.0 + share(accepted, steps),
             rate: share(accepted, drafted),
-            per_position: self
-                .drafted_at
-                .iter()
-                .enumerate()
-                .map(|(place, drafted)| share(self.accepted_at.get(place).copied().unwrap_or(0), *drafted))
+            per_position: (0..self.drafted_at.len())
+                .map(|place| share(self.accepted_at.get(place).copied().unwrap_or(0), steps))
                 .collect(),
             drafted_per_position: self.drafted_at.clone(),
             drafted_steps: steps,
@@ -212,7 +210,7 @@ mod tests {
         assert_eq!((report.wasted, report.histogram.as_slice()), (4, &[1, 0, 1, 0, 1][..]));
         assert_eq!((report.drafted_steps, report.drafted, report.accepted), (3, 10, 6));
         assert_eq!(report.mean_length, 3.0);
-        assert_eq!(report.per_position, [2.0 / 3.0, 2.0 / 3.0, 0.5, 0.5]);
+        assert_eq!(report.per_position, [2.0 / 3.0, 2.0 / 3.0, 1.0 / 3.0, 1.0 / 3.0]);
         assert_eq!(AcceptanceCounts::default().report().mean_length, 1.0);
         // A tree: 5 tokens in 2 levels.
         let mut tree = AcceptanceCounts::default();

@@ -6,7 +6,7 @@ use polyattn_api::{
     AttentionKernel, BatchLayout, Draft, MoveKv, Phase, Plan, ProposerError, ResolvedMoe, Role, TapSpec,
     TargetServices, TreeMask,
 };
-use polyattn_device::{Buffer, BufferSlice, Commands, DType, Device, DeviceFacts};
+use polyattn_device::{Buffer, BufferSlice, Commands, DType, Device, DeviceError, DeviceFacts};
 use polyattn_nn::{
     NnError,
     decoder::{Decoder, DecoderScratch, Taps},
@@ -380,11 +380,28 @@ impl TargetServices for Runner {
         ids: BufferSlice<'_>,
         log_probabilities: BufferSlice<'_>,
     ) -> Result<(), ProposerError> {
-        let vocab = self.decoder.config().vocab_size;
-        self.decoder.logits(commands, hidden, rows, true, self.logits.whole()).map_err(lent)?;
-        ops::top_k(commands, self.logits.whole(), rows, vocab, k, ids, log_probabilities)
-            .map_err(|error| lent(error.into()))
+        let config = self.decoder.config();
+        let vocab = config.vocab_size;
+        // A level of many trees may have more rows than there is room for logits. Parts begin at multiples of 64 rows,
+        // which every device can bind.
+        let room = self.sizes.head_rows;
+        let most = if room < 64 { room } else { room / 64 * 64 };
+        for first in (0..rows).step_by(most as usize) {
+            let count = most.min(rows - first);
+            let hidden = part(hidden, first, count, config.hidden_size)?;
+            self.decoder.logits(commands, hidden, count, true, self.logits.whole()).map_err(lent)?;
+            let (ids, log_probabilities) = (part(ids, first, count, k)?, part(log_probabilities, first, count, k)?);
+            ops::top_k(commands, self.logits.whole(), count, vocab, k, ids, log_probabilities)
+                .map_err(|error| lent(error.into()))?;
+        }
+        Ok(())
     }
+}
+
+/// Rows of `width` elements of 4 bytes.
+fn part(slice: BufferSlice<'_>, first: u32, rows: u32, width: u32) -> Result<BufferSlice<'_>, DeviceError> {
+    let row = u64::from(width) * 4;
+    slice.buffer().slice(slice.offset() + u64::from(first) * row, u64::from(rows) * row)
 }
 
 fn lent(error: NnError) -> ProposerError {

@@ -11,13 +11,14 @@ use std::{
 use polyattn_api::{
     Accepted, CommittedRows, Draft, DraftSequence, LengthWish, Match, Outcome, Phase, PrefixReuse, Proposal,
     ProposeContext, ProposerError, Role, Sampling, SequenceObserved, StepObserved, TargetRows, TreeWish, Verification,
+    contained,
 };
 use polyattn_device::{Buffer, Commands, Readback};
 use polyattn_nn::ops;
 
 use crate::{
     Backends, Engine, EngineError, PageKind,
-    engine::{CANDIDATES, Drafting, HAND_OVER},
+    engine::{Drafting, HAND_OVER},
     meter,
     report::{AcceptanceCounts, Generation, StopReason},
     runner::{Head, Ids, Pass, PassSequence},
@@ -112,7 +113,7 @@ pub(crate) struct Running {
     prefilled: bool,
     /// Whether the drafter drafts for it.
     drafts: bool,
-    /// Tokens that the drafter was told of.
+    /// Tokens that the drafter was told of, in their pages too; 0 where those hold nothing of a drafter's.
     committed: usize,
     counts: Option<AcceptanceCounts>,
     steps: u64,
@@ -172,6 +173,7 @@ impl Running {
                 break;
             }
         }
+        meter::tokens(self.tokens.len() - before);
         let now = Instant::now();
         self.first_token.get_or_insert(now);
         self.last_token = Some(now);
@@ -386,7 +388,11 @@ impl Engine {
         if let Some(fault) = request.sampling.fault() {
             return fail(fault);
         }
-        let refused = self.drafting.as_ref().and_then(|drafting| drafting.rule.refuses(&request.sampling));
+        let refused = self.drafting.as_ref().and_then(|drafting| {
+            contained(|| drafting.rule.refuses(&request.sampling)).unwrap_or_else(|message| {
+                Some(drafting.rule_fault(format!("it panicked in refuses: {message}")).to_string())
+            })
+        });
         match refused {
             Some(fault) if request.speculative => fail(fault),
             _ => Ok(()),
@@ -427,16 +433,18 @@ impl Engine {
         // At least one token is run, for its logits.
         let most = (next.tokens.len() - 1) / page_size;
         let reuse = self.drafting.as_ref().filter(|_| next.drafts).map(Drafting::reuse);
-        let mut pages = match reuse {
+        let (mut pages, kind) = match reuse {
             Some(PrefixReuse::None) => return,
-            Some(_) => self.pages.begin(PageKind::Drafted, &next.tokens, page_size as u32, most),
+            Some(_) => (self.pages.begin(PageKind::Drafted, &next.tokens, page_size as u32, most), PageKind::Drafted),
             None => {
                 let mut plain = self.pages.begin(PageKind::Plain, &next.tokens, page_size as u32, most);
                 let mut drafted = self.pages.begin(PageKind::Drafted, &next.tokens, page_size as u32, most);
-                let (longer, shorter) =
-                    if plain.len() >= drafted.len() { (&mut plain, &mut drafted) } else { (&mut drafted, &mut plain) };
+                let (longer, shorter, kind) = match plain.len() >= drafted.len() {
+                    true => (&mut plain, &mut drafted, PageKind::Plain),
+                    false => (&mut drafted, &mut plain, PageKind::Drafted),
+                };
                 self.pages.release(shorter);
-                std::mem::take(longer)
+                (std::mem::take(longer), kind)
             }
         };
         if reuse == Some(PrefixReuse::AllButTheLastPage) {
@@ -444,8 +452,12 @@ impl Engine {
             self.pages.release(&mut last);
         }
         next.computed = pages.len() * page_size;
-        next.committed = next.computed;
-        next.cached_tokens = next.computed.min(next.request.prompt.len());
+        // Plain pages stay plain: the drafter knows nothing of them.
+        next.committed = if kind == PageKind::Drafted { next.computed } else { 0 };
+        // Of its own pages, found again after others needed them, nothing was saved.
+        if next.preemptions == 0 {
+            next.cached_tokens = next.computed.min(next.request.prompt.len());
+        }
         next.pages = pages;
         meter::cached(next.computed);
     }
@@ -516,7 +528,9 @@ impl Engine {
         self.pages.release(&mut one.pages);
         if let Some(drafting) = &mut self.drafting {
             drafting.drafter.forget(one.id);
-            drafting.policy.forget(one.id);
+            if let Err(message) = contained(|| drafting.policy.forget(one.id)) {
+                tracing::warn!("{}", drafting.policy_fault(format!("it panicked in forget: {message}")));
+            }
         }
     }
 
@@ -530,7 +544,10 @@ impl Engine {
                 failed.push(self.running.remove(at));
             }
         }
-        self.running.iter_mut().for_each(Running::lose_drafter);
+        for one in &mut self.running {
+            one.lose_drafter();
+            one.committed = 0;
+        }
         let several = failed.len() > 1;
         let mut error = Some(error);
         let mut shared: Option<Arc<EngineError>> = None;
@@ -587,8 +604,9 @@ impl Engine {
         let prefilling = self.running.iter().any(|one| !one.prefilled);
         let decoding = self.running.iter().any(|one| one.prefilled);
         // Prompts and decoding take turns, so that neither waits for the other's end.
-        self.prefilled_last = prefilling && !(decoding && self.prefilled_last);
-        if self.prefilled_last { self.prefill(concerned) } else { self.decode(concerned) }
+        let after_prompts = self.prefilled_last;
+        self.prefilled_last = prefilling && !(decoding && after_prompts);
+        if self.prefilled_last { self.prefill(concerned) } else { self.decode(concerned, after_prompts) }
     }
 
     /// The recording that the next pass goes into; it may hold what the last one committed.
@@ -738,13 +756,13 @@ impl Engine {
     /// One token of one request. The next pass takes its id on the device, so it is under way before the host has seen
     /// it.
     fn run_ahead(&mut self, concerned: &mut Vec<u64>) -> Result<(), EngineError> {
-        if let Some(commands) = self.recorded.take() {
-            let _ = commands.submit()?;
-        }
         // The oldest: a request that came later waits until what is under way is seen.
         let Some(one) = self.running.first() else { return Ok(()) };
         let id = one.id;
         concerned.push(id);
+        if let Some(commands) = self.recorded.take() {
+            let _ = commands.submit()?;
+        }
         // On the CPU a pass is over when it is recorded: running ahead would only compute what is thrown away.
         let most = if self.device.is_cpu() { 1 } else { 2 };
         while self.ahead.len() < most && self.can_run_ahead() {
@@ -764,6 +782,7 @@ impl Engine {
                 break;
             }
             let one = &self.running[0];
+            let begun = Instant::now();
             let mut commands = self.device.commands()?;
             let ids = [one.tokens[one.tokens.len() - 1]];
             let ids = match submitted {
@@ -776,9 +795,12 @@ impl Engine {
             let best = self.runner.best(&mut commands, 1)?;
             self.ahead.push_back(commands.read_back(best)?);
             let _ = commands.submit()?;
+            self.times.models += begun.elapsed();
         }
         let Some(next) = self.ahead.pop_front() else { return Ok(()) };
+        let waiting = Instant::now();
         let id_of_token = next.wait_as::<u32>()?;
+        self.times.models += waiting.elapsed();
         let one = &self.running[0];
         self.check_finite(&TargetRows::Best(&id_of_token), 0, one.tokens.len() - 1)?;
         let one = &mut self.running[0];
@@ -792,8 +814,9 @@ impl Engine {
         Ok(())
     }
 
-    /// The next tokens of every request that is past its prompt: draft, verify, emit.
-    fn decode(&mut self, concerned: &mut Vec<u64>) -> Result<(), EngineError> {
+    /// The next tokens of every request that is past its prompt: draft, verify, emit. Behind prompts the device may
+    /// still be at what the drafter makes of them.
+    fn decode(&mut self, concerned: &mut Vec<u64>, after_prompts: bool) -> Result<(), EngineError> {
         let begun = Instant::now();
         // As many as the pass has rows for, and the rows that each may take.
         let rows = self.runner.sizes().head_rows.min(self.runner.sizes().rows) as usize;
@@ -874,7 +897,16 @@ impl Engine {
         let read = read.map(Readback::wait_as::<u32>).transpose()?;
         let answers = answers.wait()?;
         self.times.models += asking.elapsed();
-        self.judge(parts, read.as_deref(), &answers, begun, drafted_in)
+        let observed = self.judge(parts, read.as_deref(), &answers, begun, drafted_in)?;
+        if let Some(drafting) = &mut self.drafting {
+            let time = (!after_prompts).then(|| begun.elapsed());
+            let learnt = contained(|| drafting.policy.observe(&StepObserved::new(&observed, time)));
+            if let Err(message) = learnt {
+                let error = drafting.policy_fault(format!("it panicked in observe: {message}"));
+                self.lose_drafter(&decoding, &error);
+            }
+        }
+        Ok(())
     }
 
     /// The tokens to draft for a request, within the rows that it may take.
@@ -888,7 +920,15 @@ impl Engine {
         if most == 0 {
             return 0;
         }
-        drafting.policy.width(&LengthWish::new(id, batch as u32, drafting.width, most)).min(most)
+        let wish = LengthWish::new(id, batch as u32, drafting.width, most);
+        match contained(|| drafting.policy.width(&wish)) {
+            Ok(width) => width.min(most),
+            Err(message) => {
+                let error = drafting.policy_fault(format!("it panicked in width: {message}"));
+                self.lose_drafter(&[id], &error);
+                0
+            }
+        }
     }
 
     /// Pages for a draft: where there are none, the request goes without.
@@ -922,8 +962,9 @@ impl Engine {
         let tree = drafting.tree.as_ref().map(|(builder, nodes)| TreeWish {
             builder: builder.as_ref(),
             nodes: (*nodes).min(share - 1),
-            candidates: CANDIDATES,
+            candidates: drafting.candidates,
         });
+        let mut faults: Vec<(u64, ProposerError)> = Vec::new();
         let mut context = ProposeContext::new(&mut commands, &sequences, &self.runner).with_tree(tree);
         let begun = Instant::now();
         let proposal = drafting.drafter.propose(&mut context);
@@ -931,12 +972,19 @@ impl Engine {
         let proposal = match proposal {
             Ok(Proposal::Marginals(all)) => {
                 let drafts = all.iter().zip(&sequences).map(|(marginals, sequence)| {
-                    tree.map_or_else(Draft::default, |tree| tree.builder.build(marginals, tree.nodes, sequence.width))
+                    let built = tree.map_or(Ok(Draft::default()), |tree| tree.build(marginals, sequence.width));
+                    built.unwrap_or_else(|error| {
+                        faults.push((sequence.id, error));
+                        Draft::default()
+                    })
                 });
                 Ok(Proposal::Host(drafts.collect()))
             }
             other => other,
         };
+        for (id, error) in &faults {
+            self.lose_drafter(&[*id], error);
+        }
         match proposal {
             Ok(proposal) => Ok((Some(proposal), commands)),
             Err(error) => {
@@ -1025,7 +1073,7 @@ impl Engine {
         Ok(Answers { best, logits })
     }
 
-    /// Verdicts on the drafts of a pass, and what follows from them.
+    /// Verdicts on the drafts of a pass, and what follows from them; answers what became of each.
     fn judge(
         &mut self,
         parts: Vec<Part>,
@@ -1033,7 +1081,7 @@ impl Engine {
         answers: &Answered,
         begun: Instant,
         drafted_in: Duration,
-    ) -> Result<(), EngineError> {
+    ) -> Result<Vec<SequenceObserved>, EngineError> {
         let vocab = self.model.vocab_size as usize;
         let page_size = self.page_size() as u32;
         let mut commits: Vec<(u64, Vec<u32>, u32)> = Vec::new();
@@ -1060,10 +1108,17 @@ impl Engine {
             let answer = answers.of(place, part.first_row, part.rows, vocab);
             let verification = Verification::new(&part.draft, &one.tokens, &one.request.sampling, answer);
             let judged = match &self.drafting {
-                Some(drafting) if !part.draft.is_empty() => drafting.rule.accept(&verification),
-                _ => polyattn_api::AcceptanceRule::accept(&Match, &verification),
+                Some(drafting) if !part.draft.is_empty() => contained(|| drafting.rule.accept(&verification))
+                    .map_err(|message| drafting.rule_fault(format!("it panicked in accept: {message}"))),
+                _ => Ok(polyattn_api::AcceptanceRule::accept(&Match, &verification)),
             };
-            let Accepted { nodes, bonus } = judged;
+            let Accepted { nodes, bonus } = match judged {
+                Ok(accepted) => accepted,
+                Err(error) => {
+                    self.fail_one(part.id, error.into());
+                    continue;
+                }
+            };
             let mut before = None;
             let is_path = nodes.iter().all(|node| {
                 let goes_on = (*node as usize) < part.draft.len() && part.draft.parent(*node) == before;
@@ -1071,10 +1126,10 @@ impl Engine {
                 goes_on
             });
             if !is_path {
-                let rule = self.drafting.as_ref().map_or("", |drafting| drafting.rule.name());
-                let message =
-                    format!("acceptance rule '{rule}' kept nodes {nodes:?} of {}, which are no path", part.draft);
-                self.fail_one(part.id, EngineError::Request(message));
+                let what = format!("it kept nodes {nodes:?} of {}, which are no path", part.draft);
+                if let Some(error) = self.drafting.as_ref().map(|drafting| drafting.rule_fault(what)) {
+                    self.fail_one(part.id, error.into());
+                }
                 continue;
             }
             let last_row = nodes.last().map_or(0, |node| node + 1);
@@ -1097,7 +1152,6 @@ impl Engine {
                 counts.took(drafted_in / drafted_parts, verified_in / drafted_parts);
                 meter::verified(part.draft.len(), accepted);
             }
-            meter::tokens(count);
             observed.push(SequenceObserved {
                 sequence: part.id,
                 drafted: depth,
@@ -1128,17 +1182,15 @@ impl Engine {
                 commits.push((part.id, rows.map(|row| part.first_row + row).collect(), anchor as u32));
             }
         }
-        if let Some(drafting) = &mut self.drafting {
-            drafting.policy.observe(&StepObserved::new(&observed, Some(begun.elapsed())));
-        }
         if !moves.is_empty() {
             let mut commands = self.recording()?;
             self.runner.move_slots(&mut commands, &self.kernels, &moves)?;
-            // At once: a drafter that fails later takes its recording with it, and these must not be lost.
+            // At once: a drafter that fails takes its recording with it, and these must not be lost.
             commands.flush()?;
             self.recorded = Some(commands);
         }
-        self.commit(&commits)
+        self.commit(&commits)?;
+        Ok(observed)
     }
 
     /// Tells the drafter which rows of the last pass stand.
@@ -1161,6 +1213,8 @@ impl Engine {
         self.times.models += begun.elapsed();
         match told {
             Ok(()) => {
+                // At once, as the moves: what is recorded next may be dropped, or run over the taps that this reads.
+                commands.flush()?;
                 self.recorded = Some(commands);
                 for (id, rows, position) in commits {
                     if let Some(at) = self.place(*id) {

@@ -13,11 +13,12 @@ use std::{
 };
 
 use polyattn_api::{
-    Draft, Drafter, INTERFACE_VERSION, LoadContext, Origin, Outcome, Proposal, ProposeContext, Proposer, ProposerEntry,
-    ProposerError, ProposerRequirements, Registry, StrategyConfig, TapSpec, TargetFacts,
+    AcceptanceRule, Accepted, Draft, Drafter, INTERFACE_VERSION, LengthPolicy, LengthWish, LoadContext, Marginals,
+    Origin, Outcome, Proposal, ProposeContext, Proposer, ProposerEntry, ProposerError, ProposerRequirements, Registry,
+    StepObserved, StrategyConfig, TapSpec, TargetFacts, TreeBuilder, TreeGrowth, Verification,
 };
-use polyattn_device::Device;
-use polyattn_e2e::{assert_same_up_to_ties, engine, greedy, margins, tests_folder};
+use polyattn_device::{Buffer, Device};
+use polyattn_e2e::{assert_same_up_to_ties, devices, engine, greedy, margins, tests_folder};
 use polyattn_engine::{
     Engine, EngineOptions, Generation, Happened, Request, RequestId, Sampling, SpeculativeOptions, StopReason,
 };
@@ -204,7 +205,7 @@ fn accepted_paths_leave_the_cache_of_a_chain() {
     let source = tiny();
     let device = Device::cpu();
     let want = plain(&source, &device, 40);
-    *KNOWN.write() = prompts().iter().zip(&want).map(|(prompt, (tokens, _))| [&prompt[..], tokens].concat()).collect();
+    KNOWN.write().extend(prompts().iter().zip(&want).map(|(prompt, (tokens, _))| [&prompt[..], tokens].concat()));
     let registry = registry();
     for tree in [None, Some("top-k")] {
         for sequences in [1, 4] {
@@ -219,6 +220,25 @@ fn accepted_paths_leave_the_cache_of_a_chain() {
             }
         }
     }
+}
+
+/// Each of many requests at once has drafts as long as were asked for.
+#[test]
+fn a_full_batch_has_whole_drafts() {
+    let source = tiny();
+    let device = Device::cpu();
+    let prompts: Vec<Vec<u32>> = (0..30).map(|first| vec![first, 7, 3]).collect();
+    let mut alone = engine(&source, &device, &EngineOptions::default().with_context(64));
+    let want: Vec<Vec<u32>> = prompts.iter().map(|prompt| greedy(&mut alone, prompt, 20).tokens).collect();
+    KNOWN.write().extend(prompts.iter().zip(&want).map(|(prompt, tokens)| [&prompt[..], tokens].concat()));
+    let mut options = options("knowing", None, None).with_context(64).with_sequences(30);
+    // 30 × 6 rows are more than the 128 that a pass has in any case.
+    options.prefill_chunk = 16;
+    let mut engine = Engine::load(&source, &device, &registry(), &options, &mut |_| {}).unwrap();
+    assert_eq!(engine.full_batch_width(), Some(5));
+    let got = run_all(&mut engine, prompts.iter().map(|prompt| request(prompt, 20)).collect());
+    let whole = got.iter().filter(|one| one.acceptance.as_ref().unwrap().per_position.len() == 5).count();
+    assert_eq!(whole, 30);
 }
 
 #[test]
@@ -281,6 +301,7 @@ fn nothing_is_lost_when_pages_run_out() {
             for (got, (want, margins)) in got.iter().zip(&want) {
                 assert_eq!(got.stop, StopReason::Length);
                 assert_same_up_to_ties(&got.tokens, want, margins, &format!("{method:?}, few pages"));
+                assert_eq!(got.cached_tokens, 0, "no other request filled a page of it");
             }
             assert!(got.iter().any(|generation| generation.preemptions > 0), "{method:?}: nobody waited");
         }
@@ -407,6 +428,12 @@ fn strategies_that_do_not_fit_are_refused() {
     assert!(text.contains("speculative.length") && text.contains("adaptive"), "{text}");
     let text = error(&|options| (options.tree, options.tree_nodes) = (Some(StrategyConfig::new("top-k")), Some(0)));
     assert!(text.contains("speculative.tree_nodes: 0"), "{text}");
+    let top_k = StrategyConfig::new("top-k").with(serde_json::json!({"k": 65}));
+    let text = error(&|options| options.tree = Some(top_k.clone()));
+    assert!(text.contains("k: 65 candidates, at most 64"), "{text}");
+    let paths = StrategyConfig::new("static").with(serde_json::json!({"paths": [[0], [64]]}));
+    let text = error(&|options| options.tree = Some(paths.clone()));
+    assert!(text.contains("rank 64, 0 to 63"), "{text}");
     let text = error(&|options| options.tree_nodes = Some(4));
     assert!(text.contains("4 is given, but no tree"), "{text}");
     let text = error(&|options| options.num_speculative_tokens = Some(4_000_000_000));
@@ -583,6 +610,7 @@ fn a_lost_drafter_is_counted() {
     let count = |name: &str| counts.0.lock()[name].load(Ordering::Relaxed);
     assert_eq!(count("polyattn_drafters_lost_total"), 4);
     assert_eq!(count("polyattn_requests_total"), 5);
+    assert_eq!(count("polyattn_tokens_total"), 5 * 20);
     assert_eq!(
         count("polyattn_drafted_tokens_total"),
         count("polyattn_accepted_tokens_total") + count("polyattn_wasted_tokens_total")
@@ -622,4 +650,346 @@ fn a_cache_that_one_binding_does_not_hold_is_refused() {
     options.context = Some(64);
     let error = Engine::load(&source, &device, Registry::global().unwrap(), &options, &mut |_| {}).unwrap_err();
     assert!(error.to_string().contains("fewer sequences at once"), "{error}");
+}
+
+/// Every token is counted, whichever way it came, and the time of the passes that run ahead is the models'.
+#[test]
+fn plain_tokens_are_counted_and_timed() {
+    let counts = Counts::default();
+    metrics::with_local_recorder(&counts, || {
+        let mut engine = engine(&tiny(), &Device::cpu(), &EngineOptions::default().with_context(128));
+        let id = engine.add_request(request(&[7], 60)).unwrap();
+        while !engine.step().iter().any(|event| matches!(event.what, Happened::Tokens(_))) {}
+        // What comes now is decoded alone.
+        engine.take_times();
+        assert!(!engine.is_idle(), "{id} goes on");
+        while !engine.is_idle() {
+            engine.step();
+        }
+        let times = engine.take_times();
+        assert!(times.efficiency() > 0.5, "{times:?}");
+    });
+    assert_eq!(counts.0.lock()["polyattn_tokens_total"].load(Ordering::Relaxed), 60);
+}
+
+/// Each text begins with the whole of the one before, and finds all of its pages.
+#[test]
+fn a_growing_text_is_shared() {
+    let source = tiny();
+    for method in [None, Some("ngram")] {
+        let mut options = match method {
+            None => EngineOptions::default(),
+            Some(method) => options(method, None, None),
+        };
+        options = options.with_context(128);
+        options.prefix_cache = true;
+        let mut engine = engine(&source, &Device::cpu(), &options);
+        for (length, cached) in [(33, 0), (65, 32), (97, 64), (113, 96)] {
+            let text: Vec<u32> = (0..length).map(|place| 20 + place * 7 % 31).collect();
+            let mut request = request(&text, 4);
+            request.speculative = false;
+            let got = engine.generate(&request, &mut |_| ControlFlow::Continue(())).unwrap();
+            assert_eq!(got.cached_tokens, cached, "{method:?}, {length} tokens");
+        }
+    }
+}
+
+/// Marks on the device each time it is told of a sequence, and looks for the marks in its proposals. Fails in its first.
+#[derive(Debug)]
+struct Marking;
+
+/// What the drafter found, proposal by proposal, for each time it was told of the sequence.
+static MARKS: parking_lot::Mutex<Vec<u32>> = parking_lot::Mutex::new(Vec::new());
+
+#[derive(Debug)]
+struct MarkingDrafter {
+    taps: TapSpec,
+    ones: Buffer,
+    /// 256 bytes for each time it was told.
+    marks: Buffer,
+    /// The sequences it was told of.
+    told: Vec<u64>,
+    calls: u32,
+}
+
+impl Proposer for Marking {
+    fn name(&self) -> &'static str {
+        "marking"
+    }
+
+    fn requirements(&self) -> &ProposerRequirements {
+        const NEEDS: ProposerRequirements = ProposerRequirements::none();
+        &NEEDS
+    }
+
+    fn load(&self, context: &LoadContext<'_>) -> Result<Box<dyn Drafter>, ProposerError> {
+        Ok(Box::new(MarkingDrafter {
+            taps: TapSpec::default(),
+            ones: context.device.upload(&[1u32; 64], "ones")?,
+            marks: context.device.upload(&[0u32; 64 * 32], "marks")?,
+            told: Vec::new(),
+            calls: 0,
+        }))
+    }
+}
+
+impl Drafter for MarkingDrafter {
+    fn taps(&self) -> &TapSpec {
+        &self.taps
+    }
+
+    fn max_tokens(&self) -> u32 {
+        2
+    }
+
+    fn propose(&mut self, context: &mut ProposeContext<'_>) -> Result<Proposal, ProposerError> {
+        self.calls += 1;
+        if self.calls == 1 {
+            return Err(ProposerError::Unsupported("no ideas yet".into()));
+        }
+        let marks = context.commands.read_back(self.marks.whole())?;
+        context.commands.flush()?;
+        let marks = marks.wait_as::<u32>()?;
+        let wanted = |id: &u64| context.sequences.iter().any(|one| one.id == *id);
+        MARKS.lock().extend(marks.chunks(64).zip(&self.told).filter(|(_, id)| wanted(id)).map(|(mark, _)| mark[0]));
+        Ok(Proposal::Host(context.sequences.iter().map(|_| vec![1].into()).collect()))
+    }
+
+    fn commit(&mut self, outcome: &mut Outcome<'_>) -> Result<(), ProposerError> {
+        for one in outcome.sequences {
+            let place = self.marks.slice(256 * self.told.len() as u64, 256)?;
+            self.told.push(one.id);
+            outcome.commands.copy(self.ones.whole(), place)?;
+        }
+        Ok(())
+    }
+}
+
+/// Wants no drafts of the second request in its first step.
+#[derive(Debug, Default)]
+struct Later {
+    asked: bool,
+}
+
+impl LengthPolicy for Later {
+    fn name(&self) -> &'static str {
+        "later"
+    }
+
+    fn width(&mut self, wish: &LengthWish) -> u32 {
+        if wish.sequence == 1 && !std::mem::replace(&mut self.asked, true) { 0 } else { 1 }
+    }
+
+    fn observe(&mut self, step: &StepObserved<'_>) {
+        TIMED.lock().push(step.time.is_some());
+    }
+}
+
+polyattn_api::register_length_policy!("later", |parameters| {
+    polyattn_api::strategy::none(parameters).map(|()| Box::new(Later::default()) as Box<dyn LengthPolicy>)
+});
+
+/// Whether each observed step had a time.
+static TIMED: parking_lot::Mutex<Vec<bool>> = parking_lot::Mutex::new(Vec::new());
+
+/// A drafter that fails for one request takes nothing away that it was told of another. Steps are timed where no prompt
+/// stands before them.
+#[test]
+fn commits_survive_a_failed_proposal() {
+    let source = tiny();
+    let origin = Origin { crate_name: "stranger", version: "0.1.0" };
+    let marking = polyattn_api::RegisteredProposer { origin, proposer: Arc::new(Marking) };
+    let registry = Registry::global().unwrap().with_proposer(marking).unwrap();
+    for device in devices() {
+        MARKS.lock().clear();
+        TIMED.lock().clear();
+        let mut options = options("marking", None, None);
+        options.speculative.as_mut().unwrap().length = Some(StrategyConfig::new("later"));
+        let mut engine = Engine::load(&source, &device, &registry, &options, &mut |_| {}).unwrap();
+        let got = run_all(&mut engine, vec![request(&[5, 9, 17], 8), request(&[3, 4, 3], 8)]);
+        assert!(got[0].drafter_lost && !got[1].drafter_lost);
+        let marks = MARKS.lock();
+        assert!(!marks.is_empty() && marks.iter().all(|mark| *mark == 1), "{device:?}: {marks:?}");
+        let timed = TIMED.lock();
+        assert!(!timed[0] && timed.len() > 1 && timed[1..].iter().all(|timed| *timed), "{timed:?}");
+    }
+}
+
+/// A stranger's strategy: what it does wrong is in its name.
+#[derive(Debug)]
+struct Odd(&'static str);
+
+impl TreeBuilder for Odd {
+    fn name(&self) -> &'static str {
+        self.0
+    }
+
+    fn grow(&self, nodes: u32, depth: u32) -> Box<dyn TreeGrowth> {
+        polyattn_api::BestFirst.grow(nodes, depth)
+    }
+
+    fn build(&self, marginals: &Marginals, nodes: u32, depth: u32) -> Draft {
+        let several = |count: u32| Draft::tree((0..count).collect(), vec![None; count as usize]);
+        match self.0 {
+            "panicking" => panic!("no wood"),
+            "rootless" => Draft::tree(vec![1, 2], vec![Some(1), None]),
+            "large" => several(nodes + 1),
+            "deep" => vec![1; depth as usize + 1].into(),
+            _ => polyattn_api::BestFirst.build(marginals, nodes, depth),
+        }
+    }
+}
+
+impl LengthPolicy for Odd {
+    fn name(&self) -> &'static str {
+        self.0
+    }
+
+    fn width(&mut self, wish: &LengthWish) -> u32 {
+        assert!(self.0 != "unmeasured" || wish.sequence != 1, "no ruler");
+        2
+    }
+
+    fn observe(&mut self, _: &StepObserved<'_>) {
+        assert_ne!(self.0, "unobserved", "no eyes");
+    }
+
+    fn forget(&mut self, _: u64) {
+        panic!("never");
+    }
+}
+
+impl AcceptanceRule for Odd {
+    fn name(&self) -> &'static str {
+        self.0
+    }
+
+    fn accept(&self, verification: &Verification<'_>) -> Accepted {
+        assert!(verification.text[0] != 5, "no verdict");
+        polyattn_api::Match.accept(verification)
+    }
+}
+
+polyattn_api::register_tree_builder!("panicking", |_| Ok(Box::new(Odd("panicking")) as Box<dyn TreeBuilder>));
+polyattn_api::register_tree_builder!("rootless", |_| Ok(Box::new(Odd("rootless")) as Box<dyn TreeBuilder>));
+polyattn_api::register_tree_builder!("large", |_| Ok(Box::new(Odd("large")) as Box<dyn TreeBuilder>));
+polyattn_api::register_tree_builder!("deep", |_| Ok(Box::new(Odd("deep")) as Box<dyn TreeBuilder>));
+polyattn_api::register_length_policy!("unmeasured", |_| Ok(Box::new(Odd("unmeasured")) as Box<dyn LengthPolicy>));
+polyattn_api::register_length_policy!("unobserved", |_| Ok(Box::new(Odd("unobserved")) as Box<dyn LengthPolicy>));
+polyattn_api::register_acceptance_rule!("undecided", |_| Ok(Box::new(Odd("undecided")) as Box<dyn AcceptanceRule>));
+
+/// A strategy that panics, or builds what is no tree, costs drafts, or the request that it was asked about; nobody
+/// else's tokens.
+#[test]
+fn faults_of_strategies_are_contained() {
+    let source = tiny();
+    let device = Device::cpu();
+    let want = plain(&source, &device, 20);
+    let folder = tempfile::tempdir().unwrap();
+    let model = dflash(&source, folder.path());
+    let run = |change: &dyn Fn(&mut SpeculativeOptions)| {
+        let mut options = options("dflash", Some(model.clone()), None);
+        change(options.speculative.as_mut().unwrap());
+        run_all(&mut engine(&source, &device, &options), prompts().iter().map(|one| request(one, 20)).collect())
+    };
+    let same = |got: &[Generation], what: &str| {
+        for (got, (want, margins)) in got.iter().zip(&want) {
+            assert_same_up_to_ties(&got.tokens, want, margins, what);
+        }
+    };
+    for tree in ["panicking", "rootless", "large", "deep"] {
+        let got = run(&|options| options.tree = Some(StrategyConfig::new(tree)));
+        same(&got, tree);
+        assert!(got.iter().all(|one| one.drafter_lost), "{tree}");
+    }
+    for (policy, lost) in [("unmeasured", [false, true, false, false]), ("unobserved", [true; 4])] {
+        let got = run(&|options| options.length = Some(StrategyConfig::new(policy)));
+        same(&got, policy);
+        assert_eq!(got.iter().map(|one| one.drafter_lost).collect::<Vec<_>>(), lost, "{policy}");
+    }
+    // A verdict is part of the output: that request has none.
+    let mut options = options("dflash", Some(model.clone()), None);
+    options.speculative.as_mut().unwrap().acceptance = Some(StrategyConfig::new("undecided"));
+    let mut engine = engine(&source, &device, &options);
+    let ids: Vec<_> = prompts().iter().map(|one| engine.add_request(request(one, 20)).unwrap()).collect();
+    let (mut done, mut failed) = (BTreeMap::new(), Vec::new());
+    while !engine.is_idle() {
+        for event in engine.step() {
+            match event.what {
+                Happened::Finished(generation) => drop(done.insert(event.request, *generation)),
+                Happened::Failed(error) => failed.push((event.request, error.to_string())),
+                _ => {}
+            }
+        }
+    }
+    let fault = "acceptance rule 'undecided' is at fault: it panicked in accept: no verdict";
+    assert_eq!(failed, [(ids[0], fault.to_owned())]);
+    for (id, (want, margins)) in ids.iter().zip(&want).skip(1) {
+        assert_same_up_to_ties(&done[id].tokens, want, margins, "undecided about another");
+    }
+}
+
+/// Notes how many candidates it was asked for.
+#[derive(Debug)]
+struct Asked;
+
+#[derive(Debug)]
+struct AskedDrafter {
+    taps: TapSpec,
+}
+
+static TOLD: AtomicUsize = AtomicUsize::new(0);
+
+impl Proposer for Asked {
+    fn name(&self) -> &'static str {
+        "asked"
+    }
+
+    fn requirements(&self) -> &ProposerRequirements {
+        const NEEDS: ProposerRequirements = ProposerRequirements::none().drafts_trees();
+        &NEEDS
+    }
+
+    fn load(&self, _: &LoadContext<'_>) -> Result<Box<dyn Drafter>, ProposerError> {
+        Ok(Box::new(AskedDrafter { taps: TapSpec::default() }))
+    }
+}
+
+impl Drafter for AskedDrafter {
+    fn taps(&self) -> &TapSpec {
+        &self.taps
+    }
+
+    fn max_tokens(&self) -> u32 {
+        2
+    }
+
+    fn propose(&mut self, context: &mut ProposeContext<'_>) -> Result<Proposal, ProposerError> {
+        TOLD.store(context.tree.map_or(0, |tree| tree.candidates as usize), Ordering::Relaxed);
+        Ok(Proposal::Host(context.sequences.iter().map(|_| Draft::default()).collect()))
+    }
+
+    fn commit(&mut self, _: &mut Outcome<'_>) -> Result<(), ProposerError> {
+        Ok(())
+    }
+}
+
+/// A drafter is asked for as many candidates as the tree can use.
+#[test]
+fn trees_have_the_candidates_they_need() {
+    let source = tiny();
+    let origin = Origin { crate_name: "stranger", version: "0.1.0" };
+    let asked = polyattn_api::RegisteredProposer { origin, proposer: Arc::new(Asked) };
+    let registry = Registry::global().unwrap().with_proposer(asked).unwrap();
+    let top_k = StrategyConfig::new("top-k").with(serde_json::json!({"k": 20}));
+    let paths = StrategyConfig::new("static").with(serde_json::json!({"paths": [[0, 30], [11]]}));
+    let best = StrategyConfig::new("best-first");
+    for (tree, nodes, candidates) in [(top_k, 8, 20), (paths, 8, 31), (best.clone(), 24, 24), (best, 100, 64)] {
+        let mut options = options("asked", None, None);
+        let speculative = options.speculative.as_mut().unwrap();
+        (speculative.tree, speculative.tree_nodes) = (Some(tree.clone()), Some(nodes));
+        let mut engine = Engine::load(&source, &Device::cpu(), &registry, &options, &mut |_| {}).unwrap();
+        let _ = greedy(&mut engine, &[5, 9, 17], 4);
+        assert_eq!(TOLD.load(Ordering::Relaxed), candidates, "{tree} of {nodes}");
+    }
 }
