@@ -37,11 +37,8 @@ struct Running {
 }
 
 impl Child {
-    pub(crate) fn new(name: &str, program: PathBuf, args: &[&str]) -> Result<Self, Error> {
-        let args = args.iter().map(|arg| (*arg).into()).collect();
-        let mut child = Self { name: name.into(), program, args, running: None };
-        child.start()?;
-        Ok(child)
+    pub(crate) fn new(name: &str, program: PathBuf, args: &[&str]) -> Self {
+        Self { name: name.into(), program, args: args.iter().map(|arg| (*arg).into()).collect(), running: None }
     }
 
     pub(crate) fn name(&self) -> &str {
@@ -65,11 +62,10 @@ impl Child {
         Ok(())
     }
 
-    /// Measures a shape; whoever dies or takes longer than `patience` is started anew for the next one.
+    /// Measures a shape in a process that is started for it and ends with its answer, or after `patience`: a tuner that
+    /// went on would slow whoever comes next.
     pub(crate) fn measure(&mut self, shape: &str, patience: Duration) -> Vec<Row> {
-        if self.running.is_none()
-            && let Err(error) = self.start()
-        {
+        if let Err(error) = self.start() {
             return vec![Row::failed(&self.name, error.to_string())];
         }
         let Some(running) = &mut self.running else { return Vec::new() };
@@ -80,6 +76,7 @@ impl Child {
         let answer = if asked { running.answers.recv_timeout(patience).ok() } else { None };
         match answer {
             Some(mut rows) => {
+                self.stop();
                 for row in rows.iter_mut().filter(|row| row.contestant.is_empty()) {
                     row.contestant.clone_from(&self.name);
                 }

@@ -18,7 +18,7 @@ use polyattn_api::{
     StepObserved, StrategyConfig, TapSpec, TargetFacts, TreeBuilder, TreeGrowth, Verification,
 };
 use polyattn_device::{Buffer, Device};
-use polyattn_e2e::{assert_same_up_to_ties, devices, engine, greedy, margins, tests_folder};
+use polyattn_e2e::{Margin, assert_same_up_to_ties, devices, engine, greedy, margins, tests_folder};
 use polyattn_engine::{
     Engine, EngineOptions, Generation, Happened, Request, RequestId, Sampling, SpeculativeOptions, StopReason,
 };
@@ -158,7 +158,7 @@ fn registry() -> Registry {
 }
 
 /// The tokens of each prompt by plain decoding, one after the other, and the margins.
-fn plain(source: &ModelSource, device: &Device, tokens: usize) -> Vec<(Vec<u32>, Vec<f64>)> {
+fn plain(source: &ModelSource, device: &Device, tokens: usize) -> Vec<(Vec<u32>, Vec<Margin>)> {
     let mut plain = engine(source, device, &EngineOptions::default().with_context(128));
     prompts()
         .iter()

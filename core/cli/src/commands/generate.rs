@@ -11,7 +11,7 @@ use std::{
 use crate::{
     api::{EngineConfig, ModelConfig, Role},
     engine::{Acceptance, Backends, Engine, EngineOptions, Generation, RecordOptions, Request, Sampling, StopReason},
-    nn::load::{ChatMessage, Detokenizer},
+    nn::load::Detokenizer,
 };
 use serde::Serialize;
 
@@ -178,7 +178,7 @@ pub(crate) fn run(args: Args, context: &Context) -> Ended {
     if !tokenizer.survives_round_trip(&options.prompt) {
         output::note("the model's vocabulary cannot spell all of the prompt; what it lacks is lost");
     }
-    let prompt = prompt_ids(&model, &options)?;
+    let prompt = model.prompt(&options.prompt, options.chat)?;
     // The engine would say so too, after all weights are loaded.
     let context_length = model.source.config.context_length;
     if prompt.len() >= context_length as usize {
@@ -267,24 +267,6 @@ fn check_layer(layer: u32, config: &EngineConfig) -> Result<(), Failure> {
         ))),
         _ => Ok(()),
     }
-}
-
-fn prompt_ids(model: &Model, options: &GenerateOptions) -> Result<Vec<u32>, Failure> {
-    let source = &model.source;
-    if options.chat {
-        let template = source.chat_template.as_ref().ok_or_else(|| {
-            Failure::new(format!(
-                "--chat: {} has no chat template; leave --chat out to go on from the text",
-                model.name
-            ))
-        })?;
-        return Ok(template.encode(&source.tokenizer, &[ChatMessage::user(&options.prompt)], true)?);
-    }
-    let mut ids = source.tokenizer.encode_text(&options.prompt)?;
-    if let (true, Some(bos)) = (source.config.add_bos, source.config.bos) {
-        ids.insert(0, bos);
-    }
-    Ok(ids)
 }
 
 /// New text on its way to standard output, in whole characters.
@@ -398,6 +380,16 @@ fn summary(engine: &Engine, generation: &Generation) -> String {
             "\n{name} drafting {width}: mean acceptance length {:.2}, {} target passes",
             acceptance.mean_length, generation.steps
         );
+        if !acceptance.per_position.is_empty() {
+            let shares: Vec<_> = acceptance.per_position.iter().map(|share| format!("{share:.2}")).collect();
+            text += &format!("\naccepted by position: {}", shares.join(" "));
+        }
+    }
+    if let (false, Some((_, rule, _))) = (generation.lossless, engine.strategies()) {
+        text += &format!("\nLOSSY: under the acceptance rule '{rule}' the tokens are not the target's");
+    }
+    if generation.drafter_lost {
+        text += "\nthe drafter failed on the way, and the rest was decoded without it";
     }
     text
 }

@@ -7,7 +7,7 @@ use crate::{
     device::Device,
     engine::{Engine, EngineOptions, SpeculativeOptions},
     models::{self, KnownModel},
-    nn::load::ModelSource,
+    nn::load::{ChatMessage, ModelSource},
 };
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -60,6 +60,28 @@ impl Model {
             )));
         }
         Ok(Self { name: known.map_or(name, |model| model.name).to_owned(), source: ModelSource::open(&path)?, known })
+    }
+
+    /// The ids of a prompt: a question in the model's chat template, or a text to go on from.
+    ///
+    /// # Errors
+    /// `chat` for a model without a template.
+    pub(super) fn prompt(&self, text: &str, chat: bool) -> Result<Vec<u32>, Failure> {
+        let source = &self.source;
+        if chat {
+            let template = source.chat_template.as_ref().ok_or_else(|| {
+                Failure::new(format!(
+                    "--chat: {} has no chat template; leave --chat out to go on from the text",
+                    self.name
+                ))
+            })?;
+            return Ok(template.encode(&source.tokenizer, &[ChatMessage::user(text)], true)?);
+        }
+        let mut ids = source.tokenizer.encode_text(text)?;
+        if let (true, Some(bos)) = (source.config.add_bos, source.config.bos) {
+            ids.insert(0, bos);
+        }
+        Ok(ids)
     }
 
     /// Whether it is known and its trained drafter is at hand.

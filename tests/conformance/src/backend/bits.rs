@@ -25,7 +25,7 @@ pub(super) fn trials(trials: &mut Trials) {
 }
 
 fn bits(trials: &mut Trials, spec: &Spec, phase: Phase) {
-    let can = trials.subject.can().clone();
+    let can = trials.subject.can();
     let name = format!("{}/bits/{} over {}", kind_name(spec.kind), spec.dtype, spec.kv_dtype);
     if can.deterministic {
         let spec = spec.clone();

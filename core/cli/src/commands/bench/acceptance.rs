@@ -6,8 +6,8 @@ use std::{
 };
 
 use crate::{
+    api::Registry,
     engine::{EngineOptions, Happened, Request, Sampling},
-    nn::load::ChatMessage,
 };
 use serde::{Deserialize, Serialize};
 
@@ -102,7 +102,7 @@ struct Row {
     mean_acceptance_length: f64,
     /// Accepted ÷ drafted tokens.
     acceptance_rate: f64,
-    /// For each position the share of the steps that drafted it which accepted it.
+    /// For each position the share of the steps with a draft that accepted it.
     per_position: Vec<f64>,
     /// Steps that drafted each position.
     drafted_per_position: Vec<u64>,
@@ -110,6 +110,8 @@ struct Row {
     accepted: u64,
     wasted: u64,
     steps: u64,
+    /// Requests whose drafter failed, and which went on without.
+    drafters_lost: usize,
     draft_seconds: f64,
     verify_seconds: f64,
 }
@@ -143,12 +145,7 @@ pub(super) fn run(args: &Args, context: &Context) -> Ended {
     let model = Model::open(args.model.model.as_deref(), args.model.offline)?;
     let mut prompts = Vec::new();
     for text in &texts {
-        prompts.push(match &model.source.chat_template {
-            Some(template) if !args.raw => {
-                template.encode(&model.source.tokenizer, &[ChatMessage::user(text)], true)?
-            }
-            _ => model.source.tokenizer.encode_text(text)?,
-        });
+        prompts.push(model.prompt(text, !args.raw && model.source.chat_template.is_some())?);
     }
     let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
     let mut answer = Answer {
@@ -168,6 +165,7 @@ pub(super) fn run(args: &Args, context: &Context) -> Ended {
             .with_sequences(args.batch)
             .with_speculative(model.speculative(&choice)?);
         (setup.attention, setup.backend_config) = (attention.attention, attention.backend_config);
+        setup.kernel.moe_backend = attention.moe_backend;
         let mut engine = model.engine(&device, &setup)?;
         let Some((proposer, width)) = engine.proposer() else {
             return Err(Failure::new("no proposer to measure: name one with --proposer"));
@@ -193,6 +191,14 @@ pub(super) fn run(args: &Args, context: &Context) -> Ended {
                 }
             }
         }
+        row.drafters_lost = generations.iter().filter(|generation| generation.drafter_lost).count();
+        if row.drafters_lost > 0 {
+            output::note(&format!(
+                "{proposer} failed in {} of {} requests, which went on without it: its figures are of what came before",
+                row.drafters_lost,
+                generations.len()
+            ));
+        }
         for acceptance in generations.into_iter().filter_map(|generation| generation.acceptance) {
             row.drafted += acceptance.drafted;
             row.accepted += acceptance.accepted;
@@ -204,19 +210,14 @@ pub(super) fn run(args: &Args, context: &Context) -> Ended {
             row.drafted_per_position.resize(row.drafted_per_position.len().max(positions), 0);
             accepted_per_position.resize(row.drafted_per_position.len(), 0.0);
             for (place, share) in acceptance.per_position.iter().enumerate() {
-                let drafted = acceptance.drafted_per_position.get(place).copied().unwrap_or(0);
-                row.drafted_per_position[place] += drafted;
-                accepted_per_position[place] += share * drafted as f64;
+                row.drafted_per_position[place] += acceptance.drafted_per_position.get(place).copied().unwrap_or(0);
+                accepted_per_position[place] += share * acceptance.drafted_steps as f64;
             }
         }
         let share = |part: f64, whole: u64| if whole == 0 { 0.0 } else { part / whole as f64 };
         row.mean_acceptance_length = 1.0 + share(row.accepted as f64, row.steps);
         row.acceptance_rate = share(row.accepted as f64, row.drafted);
-        row.per_position = accepted_per_position
-            .iter()
-            .zip(&row.drafted_per_position)
-            .map(|(hits, tries)| share(*hits, *tries))
-            .collect();
+        row.per_position = accepted_per_position.iter().map(|hits| share(*hits, row.steps)).collect();
         answer.rows.push(row);
     }
     if let Some(path) = &args.plot {
@@ -234,23 +235,32 @@ fn choices(args: &SpeculativeArgs, model: &Model) -> Result<Vec<SpeculativeChoic
         return Ok(named);
     }
     let base = args.merge()?;
-    let mut names = vec!["ngram"];
-    if base.draft_model.is_some() || model.has_drafter() {
-        names.push("dflash");
-    }
-    Ok(names
-        .into_iter()
-        .map(|name| SpeculativeChoice {
-            proposer: ProposerChoice::Named(name.to_owned()),
-            draft_model: base.draft_model.clone().filter(|_| name != "ngram"),
-            ..base.clone()
-        })
+    let dflash = base.draft_model.is_some() || model.has_drafter();
+    let proposers = Registry::global()?.proposers();
+    let choice = |name: &str, checkpoint: bool| SpeculativeChoice {
+        proposer: ProposerChoice::Named(name.to_owned()),
+        draft_model: base.draft_model.clone().filter(|_| checkpoint),
+        ..base.clone()
+    };
+    Ok(proposers
+        .iter()
+        .map(|entry| (entry.proposer.name(), entry.proposer.requirements().checkpoint))
+        .filter(|(name, checkpoint)| !checkpoint || dflash && matches!(*name, "dflash" | "combine"))
+        .map(|(name, checkpoint)| choice(name, checkpoint))
         .collect())
 }
 
 fn table(answer: &Answer) -> String {
-    let mut table =
-        output::table(&["proposer", "tree", "tokens a step", "acceptance length", "rate", "wasted", "by position"]);
+    let mut table = output::table(&[
+        "proposer",
+        "tree",
+        "tokens a step",
+        "acceptance length",
+        "rate",
+        "wasted",
+        "lost",
+        "by position",
+    ]);
     for row in &answer.rows {
         let positions: Vec<_> = row.per_position.iter().map(|share| format!("{share:.2}")).collect();
         table.add_row([
@@ -260,6 +270,7 @@ fn table(answer: &Answer) -> String {
             format!("{:.2}", row.mean_acceptance_length),
             format!("{:.2}", row.acceptance_rate),
             row.wasted.to_string(),
+            row.drafters_lost.to_string(),
             positions.join(" "),
         ]);
     }
@@ -317,7 +328,7 @@ fn plot(answer: &Answer) -> String {
     let _ = writeln!(
         svg,
         "<text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"middle\">position</text><text x=\"{LEFT}\" y=\"{:.1}\">accepted, of \
-         steps that drafted it</text>",
+         steps with a draft</text>",
         (LEFT + WIDTH - RIGHT) / 2.0,
         HEIGHT - 12.0,
         TOP - 8.0

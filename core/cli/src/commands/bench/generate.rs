@@ -3,9 +3,9 @@
 use std::{ops::ControlFlow, path::PathBuf};
 
 use crate::{
+    api::Registry,
     bench,
     engine::{Engine, EngineOptions, Request},
-    nn::load::ChatMessage,
 };
 use serde::Serialize;
 
@@ -196,6 +196,10 @@ fn measure(
     args: &Args,
     ceilings: Option<Ceilings>,
 ) -> Result<Row, Failure> {
+    let proposer = engine.proposer().map(|(name, _)| name);
+    let remembers = proposer
+        .and_then(|name| Registry::global().ok()?.proposer(name))
+        .is_some_and(|entry| entry.proposer.requirements().remembers_requests);
     let mut run = |prompt: Vec<u32>, tokens: u32| {
         let mut request = Request::new(prompt, tokens as usize);
         request.stop = Some(Vec::new());
@@ -203,16 +207,14 @@ fn measure(
     };
     let mut prompts = Vec::new();
     for text in PROMPTS {
-        prompts.push(match &model.source.chat_template {
-            Some(template) => template.encode(&model.source.tokenizer, &[ChatMessage::user(text)], true)?,
-            None => model.source.tokenizer.encode_text(text)?,
-        });
+        prompts.push(model.prompt(text, model.source.chat_template.is_some())?);
     }
-    // Pipelines are compiled on first use.
-    run(prompts[0].clone(), args.max_tokens.min(16))?;
+    // Pipelines are compiled on first use. Whoever remembers requests must not know a prompt before it is measured.
+    run(prompt.to_vec(), args.max_tokens.min(16))?;
+    let repeat = if remembers { 1 } else { args.repeat };
     let (mut prefill, mut decode) = (f64::INFINITY, f64::INFINITY);
     let (mut tokens, mut passes, mut accepted, mut drafted_steps) = (0, 0, 0, 0);
-    for _ in 0..args.repeat {
+    for _ in 0..repeat {
         prefill = prefill.min(run(prompt.to_vec(), 1)?.prefill.as_secs_f64());
         let mut seconds = 0.0;
         (tokens, passes, accepted, drafted_steps) = (0, 0, 0, 0);
