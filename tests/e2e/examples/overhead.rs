@@ -1,8 +1,13 @@
 //! What the engine costs beside its models, on the tiny model with synthetic acceptance of length 4: the share of a step
-//! that is not the target's or the drafter's, for one request and for 64.
+//! that is not the target's or the drafter's, for one request and for 64. A model's time has the recording of its pass in
+//! it, and the planning of its attention.
 //!
-//! `cargo run --release -p polyattn-e2e --example overhead`
+//! `cargo run --release -p polyattn-e2e --example overhead [PERCENT] [PERCENT]`. Ends with 1 where the engine takes more
+//! than the first percentage (10) of the models' time in any batch, or where a batch of 64 keeps less than the second
+//! (80) of one request's efficiency.
 #![allow(clippy::unwrap_used, reason = "a measurement may panic")]
+
+use std::process::ExitCode;
 
 use polyattn_api::{StrategyConfig, TargetFacts};
 use polyattn_device::Device;
@@ -10,7 +15,7 @@ use polyattn_e2e::{engine, tests_folder};
 use polyattn_engine::{EngineOptions, Request, SpeculativeOptions};
 use polyattn_nn::load::ModelSource;
 
-fn main() {
+fn main() -> ExitCode {
     let source = ModelSource::open(&tests_folder("golden/tiny/qwen3")).unwrap();
     let folder = std::env::temp_dir().join(format!("polyattn-overhead-{}", std::process::id()));
     std::fs::create_dir_all(&folder).unwrap();
@@ -19,7 +24,9 @@ fn main() {
     polyattn_dflash::tiny::write_random(&facts, &folder, false).unwrap();
     let device = Device::cpu();
     println!("engine beside its models, tiny model, dflash, synthetic acceptance of length 4, {}", device.facts().name);
-    let mut alone = None;
+    let limit = |place: usize, unset: f64| std::env::args().nth(place).map_or(unset, |text| text.parse().unwrap());
+    let (most_overhead, least_kept) = (limit(1, 10.0) / 100.0, limit(2, 80.0) / 100.0);
+    let (mut alone, mut holds) = (None, true);
     for batch in [1u32, 4, 16, 64] {
         let options = EngineOptions::default().with_context(256).with_sequences(batch).with_speculative(Some(
             SpeculativeOptions {
@@ -49,16 +56,24 @@ fn main() {
             let times = engine.take_times();
             let efficiency = times.efficiency();
             let first = *alone.get_or_insert(efficiency);
+            let overhead = (times.total - times.models).as_secs_f64() / times.models.as_secs_f64();
+            holds &= overhead <= most_overhead && efficiency / first >= least_kept;
             println!(
-                "batch {batch:3}: {} steps, {:7.1} µs a step, of them {:7.1} µs the engine's own ({:.1} %); efficiency {:.3} \
+                "batch {batch:3}: {} steps, {:7.1} µs a step, of them {:7.1} µs the engine's own ({:.1} % of the models'); efficiency {:.3} \
                  of batch 1's",
                 times.steps,
                 times.total.as_secs_f64() * 1e6 / times.steps as f64,
                 (times.total - times.models).as_secs_f64() * 1e6 / times.steps as f64,
-                (1.0 - efficiency) * 100.0,
+                overhead * 100.0,
                 efficiency / first
             );
         }
     }
     let _ = std::fs::remove_dir_all(&folder);
+    if holds {
+        ExitCode::SUCCESS
+    } else {
+        eprintln!("more than {most_overhead} beside the models, or less than {least_kept} of one request's efficiency");
+        ExitCode::FAILURE
+    }
 }

@@ -19,10 +19,7 @@ use polyattn_nn::load::ModelSource;
 use polyattn as _;
 
 /// The gap between the best and the second logit below which two summation orders may choose differently.
-const TIE: f64 = 0.02;
-
-/// The same for another implementation, with caches and weights of another format.
-const LOOSE_TIE: f64 = 0.1;
+const TIE: f64 = 0.01;
 
 /// What stands against a greedy token.
 #[derive(Clone, Copy, Debug)]
@@ -31,20 +28,19 @@ pub struct Margin {
     pub second: Option<u32>,
     /// How far its logit lies below the best.
     pub gap: f64,
+    /// The gap below which the two tie.
+    pub tie: f64,
 }
 
 impl Margin {
-    /// The gaps that another implementation tells.
+    /// The gaps that another implementation tells, whose logits may be off by as much as half of `tie`.
     #[must_use]
-    pub fn of_gaps(gaps: &[f64]) -> Vec<Self> {
-        gaps.iter().map(|gap| Self { second: None, gap: *gap }).collect()
+    pub fn of_gaps(gaps: &[f64], tie: f64) -> Vec<Self> {
+        gaps.iter().map(|gap| Self { second: None, gap: *gap, tie }).collect()
     }
 
     fn lets(&self, token: u32) -> bool {
-        match self.second {
-            Some(second) => self.gap < TIE && token == second,
-            None => self.gap < LOOSE_TIE,
-        }
+        self.gap < self.tie && self.second.is_none_or(|second| second == token)
     }
 }
 
@@ -140,7 +136,7 @@ pub fn margins(engine: &mut Engine, prompt: &[u32], tokens: &[u32], vocab: usize
         .map(|row| {
             let mut sorted: Vec<usize> = (0..vocab).collect();
             sorted.sort_by(|a, b| row[*b].total_cmp(&row[*a]));
-            Margin { second: Some(sorted[1] as u32), gap: f64::from(row[sorted[0]] - row[sorted[1]]) }
+            Margin { second: Some(sorted[1] as u32), gap: f64::from(row[sorted[0]] - row[sorted[1]]), tie: TIE }
         })
         .collect()
 }
@@ -155,6 +151,7 @@ pub fn assert_same_up_to_ties(got: &[u32], want: &[u32], margins: &[Margin], wha
                 "{what}: token {place} is {a} instead of {b}, and no tie: {:?}",
                 margins[place]
             );
+            eprintln!("{what}: token {place} is {a} instead of {b}, a tie: {:?}", margins[place]);
             return place;
         }
     }
@@ -167,3 +164,26 @@ pub fn assert_same_up_to_ties(got: &[u32], want: &[u32], margins: &[Margin], wha
 #[doc = include_str!("../../../README.md")]
 #[derive(Debug)]
 pub struct Readme;
+
+#[cfg(test)]
+mod tests {
+    use super::{Margin, assert_same_up_to_ties};
+
+    const WANT: [u32; 3] = [5, 6, 7];
+
+    fn compared(got: &[u32], second: Option<u32>, gap: f64) -> Option<usize> {
+        let margins = [Margin { second, gap, tie: 0.01 }; 3];
+        std::panic::catch_unwind(|| assert_same_up_to_ties(got, &WANT, &margins, "planted")).ok()
+    }
+
+    #[test]
+    fn only_the_second_of_a_tie_is_let_through() {
+        assert_eq!(compared(&WANT, Some(9), 0.0), Some(3));
+        assert_eq!(compared(&[5, 9, 1], Some(9), 0.001), Some(1));
+        assert_eq!(compared(&[5, 8, 7], Some(9), 0.001), None, "not the second");
+        assert_eq!(compared(&[5, 9, 7], Some(9), 0.02), None, "no tie");
+        assert_eq!(compared(&[5, 9, 7], None, 0.001), Some(1));
+        assert_eq!(compared(&[5, 9, 7], None, 0.02), None);
+        assert_eq!(compared(&WANT[..2], Some(9), 0.0), None, "a token is missing");
+    }
+}

@@ -80,12 +80,8 @@ fn golden_models() {
                     }
                 }
                 let got = greedy(&mut engine, &ids, want.len());
-                let compared = assert_same_up_to_ties(
-                    &got.tokens,
-                    &want,
-                    &Margin::of_gaps(&floats(&golden["greedy_margins"])),
-                    &name,
-                );
+                let margins = Margin::of_gaps(&floats(&golden["greedy_margins"]), 2.0 * tolerance);
+                let compared = assert_same_up_to_ties(&got.tokens, &want, &margins, &name);
                 eprintln!("{name}: logits within {worst:.1e}, {compared} greedy tokens equal");
             }
         }

@@ -116,7 +116,8 @@ impl Report {
             for ((got, _), (want, margins)) in got.iter().zip(want) {
                 compared += assert_same_up_to_ties(got, want, margins, &format!("{what} × {batch}"));
             }
-            assert!(4 * compared >= 3 * batch * TOKENS, "{what} × {batch}: a tie ended most texts");
+            let (least, all) = (if device.is_cpu() { 1.0 } else { 0.75 }, batch * TOKENS);
+            assert!(compared as f64 >= least * all as f64, "{what} × {batch}: {compared} of {all} tokens are the same");
             let drafted: u64 = got.iter().map(|(_, drafted)| drafted).sum();
             assert!(drafted > 0 || batch == 1, "{what}: nothing was drafted");
             eprintln!("ran       {what} × {batch}: {drafted} tokens drafted");

@@ -1,4 +1,4 @@
-//! `bench kernels` and `bench acceptance`.
+//! `bench kernels`, `bench acceptance` and `bench generate`.
 
 use serde_json::Value;
 
@@ -163,9 +163,39 @@ fn acceptance_is_measured_over_a_data_set() {
     assert!((number("mean_acceptance_length") - 1.0 - number("accepted") / number("steps")).abs() < 1e-9);
     let svg = std::fs::read_to_string(&plot).expect("drawn");
     assert!(svg.starts_with("<svg ") && svg.matches("<polyline").count() == 1, "{svg}");
+    assert_eq!(row["drafters_lost"], 0);
+
+    // Without a name, all that the model has what they need for; mtp's layers are not in it.
+    let all = run(&[&base[..], &["--dataset", &dataset]].concat());
+    assert_eq!(all.code, 0, "{all:?}");
+    let names = |run: &Run| -> Vec<String> {
+        let rows = run.json()["rows"].as_array().expect("a list").clone();
+        rows.iter().map(|row| row["proposer"].as_str().expect("a name").to_owned()).collect()
+    };
+    assert_eq!(names(&all), ["ngram", "suffix"]);
+    let one = run(&[&base[..], &["--dataset", &dataset, "--speculative-config.method", "suffix"]].concat());
+    assert_eq!((one.code, names(&one)), (0, vec!["suffix".to_owned()]), "{one:?}");
     for (dataset, wanted) in [("nowhere.jsonl", "cannot read it"), (&plot, "line 1: ")] {
         let refused = run(&[&base[..], &["--dataset", dataset]].concat());
         assert_eq!(refused.code, 2, "{refused:?}");
         assert!(refused.json()["error"].as_str().expect("a text").contains(wanted), "{refused:?}");
     }
+}
+
+/// What a proposer remembers of one run does not help it in the next.
+#[test]
+fn a_proposer_that_remembers_is_measured_without_memory() {
+    let model = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/tiny/qwen2");
+    let model = model.display().to_string();
+    let lengths = |repeat: &str| -> Vec<f64> {
+        let base = ["bench", "generate", "--json", "--device", "cpu", "--model", &model, "--prompt-tokens", "16"];
+        let widths = ["--num-speculative-tokens", "6", "--num-speculative-tokens", "6"];
+        let run = run(&[&base[..], &["-n", "24", "--proposer", "suffix", "--repeat", repeat], &widths].concat());
+        assert_eq!(run.code, 0, "{run:?}");
+        let rows = run.json()["rows"].as_array().expect("a list").clone();
+        rows.iter().map(|row| row["mean_acceptance_length"].as_f64().expect("a number")).collect()
+    };
+    let (once, thrice) = (lengths("1"), lengths("3"));
+    assert_eq!((once.len(), once[0]), (2, once[1]), "two rows of one width");
+    assert_eq!(once, thrice);
 }

@@ -5,6 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use polyattn::api::TargetFacts;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -395,4 +396,77 @@ fn strategies_are_named_and_told() {
     let penalty = answer(&family("qwen2"), &["--repetition-penalty", "1.5", "-n", "24"]);
     assert_ne!(penalty["tokens"], plain["tokens"]);
     assert_eq!(generate(&family("qwen2"), &["--repetition-penalty", "0"]).code, 2);
+}
+
+/// The program's own words say what the document says.
+#[test]
+fn a_summary_tells_how_drafts_fared() {
+    let model = family("qwen2");
+    let base = ["generate", "hello hello hello hello", "--model", &model, "--device", "cpu", "-n", "24"];
+    let plain = run(&base);
+    let drafted = run(&[&base[..], &["--proposer", "ngram"]].concat());
+    let synthetic = r#"{"name":"synthetic","parameters":{"length":2}}"#;
+    let lossy = run(&[&base[..], &["--proposer", "ngram", "--speculative-config.acceptance", synthetic]].concat());
+    for (run, by_position, marked) in [(&plain, false, false), (&drafted, true, false), (&lossy, true, true)] {
+        assert_eq!(run.code, 0, "{run:?}");
+        assert_eq!(run.stderr.contains("\naccepted by position: "), by_position, "{run:?}");
+        assert_eq!(run.stderr.contains("\nLOSSY: under the acceptance rule 'synthetic' "), marked, "{run:?}");
+        assert!(!run.stderr.contains("the drafter failed"), "{run:?}");
+    }
+}
+
+/// A proposer reads its own parameters, and refuses what it does not know.
+#[test]
+fn parameters_reach_the_proposer() {
+    let model = family("qwen2");
+    let with = |proposer: &str, parameters: &str| {
+        let args = ["--proposer", proposer, "--speculative-config.parameters", parameters, "-n", "24"];
+        generate(&model, &args)
+    };
+    let drafted = |proposer: &str, parameters: &str| {
+        let run = with(proposer, parameters);
+        assert_eq!(run.code, 0, "{run:?}");
+        run.json()["acceptance"]["drafted"].as_u64().expect("a count")
+    };
+    for (proposer, none) in [
+        ("ngram", r#"{"min_match":20,"max_match":20}"#),
+        ("suffix", r#"{"max_spec_factor":0.0,"max_spec_offset":0.0}"#),
+    ] {
+        assert!(drafted(proposer, "{}") > 0, "{proposer}");
+        assert_eq!(drafted(proposer, none), 0, "{proposer}: {none}");
+    }
+    let object = r#"{"method":"suffix","parameters":{"max_spec_factor":0.0}}"#;
+    assert_eq!(answer(&model, &["--speculative-config", object, "-n", "24"])["acceptance"]["drafted"], 0);
+    for (proposer, parameters, wanted) in [
+        ("ngram", r#"{"min_macth":3}"#, "min_macth"),
+        ("suffix", r#"{"depth":3}"#, "depth"),
+        ("suffix", r#"{"max_depth":1}"#, "speculative.parameters.max_depth is 1, 2 to 1024"),
+        ("ngram", r#"{"min_match":9}"#, "min_match is 9 and max_match is 5"),
+    ] {
+        let message = with(proposer, parameters).error();
+        assert!(message.contains(wanted), "{proposer} {parameters}: {message}");
+    }
+}
+
+/// Each proposer that a tiny model can be given is a name away, and changes no token.
+#[test]
+fn other_proposers_run_from_the_command_line() {
+    let model = family("qwen3");
+    let drafter = tempfile::tempdir().expect("a folder");
+    let facts = TargetFacts::new(2, 64, 288, 512);
+    polyattn::dflash::tiny::write_random(&facts, drafter.path(), false).expect("written");
+    let plain = answer(&model, &["-n", "24"]);
+    for (proposer, draft_model) in
+        [("suffix", None), ("draft-model", Some(&*model)), ("combine", Some(text(drafter.path())))]
+    {
+        let mut args = vec!["-n", "24", "--proposer", proposer];
+        args.extend(draft_model.iter().flat_map(|path| ["--draft-model", *path]));
+        let got = answer(&model, &args);
+        assert_eq!((&got["proposer"], &got["drafter_lost"]), (&json!(proposer), &json!(false)));
+        assert_eq!(got["tokens"], plain["tokens"], "{proposer}");
+        assert!(got["acceptance"]["drafted"].as_u64() > Some(0), "{proposer}: {got}");
+        if proposer == "draft-model" {
+            assert_eq!(got["acceptance"]["rate"], 1.0, "a model that drafts for itself: {got}");
+        }
+    }
 }

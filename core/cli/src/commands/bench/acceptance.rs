@@ -6,7 +6,7 @@ use std::{
 };
 
 use crate::{
-    api::Registry,
+    api::{Registry, TargetFacts},
     engine::{EngineOptions, Happened, Request, Sampling},
 };
 use serde::{Deserialize, Serialize};
@@ -235,19 +235,35 @@ fn choices(args: &SpeculativeArgs, model: &Model) -> Result<Vec<SpeculativeChoic
         return Ok(named);
     }
     let base = args.merge()?;
-    let dflash = base.draft_model.is_some() || model.has_drafter();
-    let proposers = Registry::global()?.proposers();
-    let choice = |name: &str, checkpoint: bool| SpeculativeChoice {
+    if base.proposer != ProposerChoice::Unset {
+        return Ok(vec![base]);
+    }
+    let choice = |(name, draft_model): (&str, _)| SpeculativeChoice {
         proposer: ProposerChoice::Named(name.to_owned()),
-        draft_model: base.draft_model.clone().filter(|_| checkpoint),
+        draft_model,
         ..base.clone()
     };
-    Ok(proposers
-        .iter()
-        .map(|entry| (entry.proposer.name(), entry.proposer.requirements().checkpoint))
-        .filter(|(name, checkpoint)| !checkpoint || dflash && matches!(*name, "dflash" | "combine"))
-        .map(|(name, checkpoint)| choice(name, checkpoint))
-        .collect())
+    Ok(fitting(model, base.draft_model.as_deref())?.into_iter().map(choice).collect())
+}
+
+/// The proposers that a model has what they need for, each with the drafter that was named where it is for them: those
+/// without a checkpoint, those whose layers are in the model's own, and those that read DFlash's where such a drafter
+/// was named or is at hand.
+pub(super) fn fitting(model: &Model, drafter: Option<&Path>) -> Result<Vec<(&'static str, Option<PathBuf>)>, Failure> {
+    let (config, path) = (&model.source.config, model.source.checkpoint.path());
+    let facts =
+        TargetFacts::new(config.layers, config.hidden_size, config.vocab_size, config.context_length).loaded_from(path);
+    let has_drafter = drafter.is_some() || model.has_drafter();
+    let mut found = Vec::new();
+    for entry in Registry::global()?.proposers().iter() {
+        let (name, needs) = (entry.proposer.name(), entry.proposer.requirements());
+        if matches!(name, "combine" | "dflash") {
+            found.extend(has_drafter.then(|| (name, drafter.map(Path::to_owned))));
+        } else if !needs.checkpoint || needs.in_target_checkpoint && entry.proposer.describe(path, &facts).is_ok() {
+            found.push((name, None));
+        }
+    }
+    Ok(found)
 }
 
 fn table(answer: &Answer) -> String {

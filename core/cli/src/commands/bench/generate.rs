@@ -5,10 +5,11 @@ use std::{ops::ControlFlow, path::PathBuf};
 use crate::{
     api::Registry,
     bench,
-    engine::{Engine, EngineOptions, Request},
+    engine::{Engine, EngineOptions, Generation, Request},
 };
 use serde::Serialize;
 
+use super::acceptance;
 use crate::{
     commands::{
         load::Model,
@@ -33,8 +34,9 @@ const FILLER: &str = "The river ran past the old mill and under the stone bridge
 /// Prefill and decode tokens/s of a model, plain and with each proposer.
 ///
 /// Prefill is measured on a prompt of the given length, decoding on four short prompts (chat, code, prose, maths) taken
-/// together, without regard to end tokens. On the CPU the ceilings are measured in the same run: the bandwidth of a
-/// copy in memory, and the gemm library's speed on a large matrix.
+/// together, without regard to end tokens. A proposer that remembers requests begins each run without memory, and has
+/// seen no more than the prompts of that run before the one at hand. On the CPU the ceilings are measured in the same
+/// run: the bandwidth of a copy in memory, and the gemm library's speed on a large matrix.
 #[derive(Clone, Debug, clap::Args)]
 #[command(after_help = "Examples:
   polyattn bench generate --model smollm2
@@ -122,6 +124,10 @@ pub(super) fn run(args: &Args, context: &Context) -> Ended {
     let model = Model::open(args.model.model.as_deref(), args.model.offline)?;
     let filler = model.source.tokenizer.encode_text(FILLER)?;
     let prompt: Vec<u32> = filler.iter().copied().cycle().take(args.prompt_tokens as usize).collect();
+    let mut prompts = Vec::new();
+    for text in PROMPTS {
+        prompts.push(model.prompt(text, model.source.chat_template.is_some())?);
+    }
     let ceilings = match device.is_cpu() {
         true => Some(Ceilings::from(bench::Ceilings::measure(&device)?)),
         false => None,
@@ -137,13 +143,16 @@ pub(super) fn run(args: &Args, context: &Context) -> Ended {
         ceilings,
         rows: Vec::new(),
     };
-    for proposer in proposers(args, &model) {
+    for (proposer, draft_model) in proposers(args, &model)? {
+        let remembers = Registry::global()?
+            .proposer(&proposer)
+            .is_some_and(|entry| entry.proposer.requirements().remembers_requests);
         let choice = SpeculativeChoice {
             proposer: match proposer.as_str() {
                 "none" => ProposerChoice::None,
-                name => ProposerChoice::Named(name.to_owned()),
+                _ => ProposerChoice::Named(proposer),
             },
-            draft_model: args.draft_model.clone().filter(|_| proposer == "dflash"),
+            draft_model,
             ..SpeculativeChoice::default()
         };
         let room = prompt.len().max(256).saturating_add(args.max_tokens as usize);
@@ -154,17 +163,34 @@ pub(super) fn run(args: &Args, context: &Context) -> Ended {
         setup.attention = attention.attention;
         setup.backend_config = attention.backend_config;
         setup.kernel.moe_backend = attention.moe_backend;
-        let mut engine = model.engine(&device, &setup)?;
+        let load = || model.engine(&device, &setup);
+        let mut engine = load()?;
         answer.weight_bytes = engine.weight_bytes();
         let widths: Vec<Option<u32>> = match (engine.proposer(), args.num_speculative_tokens.as_slice()) {
             (None, _) | (_, []) => vec![None],
             (Some(_), several) => several.iter().map(|tokens| Some(*tokens)).collect(),
         };
+        let mut fresh = true;
         for width in widths {
-            if let Some(width) = width {
-                engine.set_speculative_tokens(width)?;
+            let mut best = Measured::default();
+            for round in 0..args.repeat {
+                if remembers && !fresh {
+                    // Two at once may not fit.
+                    drop(engine);
+                    engine = load()?;
+                    fresh = true;
+                }
+                if let Some(width) = width {
+                    engine.set_speculative_tokens(width)?;
+                }
+                if fresh || round == 0 {
+                    // Pipelines are compiled on first use. No prompt that is measured is known after it.
+                    generate(&mut engine, &prompt, args.max_tokens.min(16))?;
+                }
+                fresh = false;
+                best.keep(Measured::take(&mut engine, &prompt, &prompts, args.max_tokens)?);
             }
-            let mut row = measure(&mut engine, &model, &prompt, args, ceilings)?;
+            let mut row = best.row(&engine, &model, prompt.len(), ceilings);
             let first = answer.rows.first().map_or(row.decode_tokens_per_second, |row| row.decode_tokens_per_second);
             row.speed_up = row.decode_tokens_per_second / first;
             if !context.json {
@@ -177,79 +203,86 @@ pub(super) fn run(args: &Args, context: &Context) -> Ended {
     Ok(Verdict::Holds)
 }
 
-/// Those asked for, or plain decoding and all that the model has what they need for.
-fn proposers(args: &Args, model: &Model) -> Vec<String> {
+/// Those asked for, or plain decoding and all that the model has what they need for, each with its draft model where one
+/// was named.
+fn proposers(args: &Args, model: &Model) -> Result<Vec<(String, Option<PathBuf>)>, Failure> {
+    let registry = Registry::global()?;
+    let named = |name: &String| {
+        let entry = registry.proposer(name);
+        let needs_checkpoint = entry.is_some_and(|entry| entry.proposer.requirements().checkpoint);
+        (name.to_ascii_lowercase(), args.draft_model.clone().filter(|_| needs_checkpoint))
+    };
     if !args.proposer.is_empty() {
-        return args.proposer.iter().map(|name| name.to_ascii_lowercase()).collect();
+        return Ok(args.proposer.iter().map(named).collect());
     }
-    let mut names = vec!["none".to_owned(), "ngram".to_owned()];
-    if args.draft_model.is_some() || model.has_drafter() {
-        names.push("dflash".into());
-    }
-    names
+    let fitting = acceptance::fitting(model, args.draft_model.as_deref())?;
+    let plain = ("none".to_owned(), None);
+    Ok(std::iter::once(plain).chain(fitting.into_iter().map(|(name, path)| (name.to_owned(), path))).collect())
 }
 
-fn measure(
-    engine: &mut Engine,
-    model: &Model,
-    prompt: &[u32],
-    args: &Args,
-    ceilings: Option<Ceilings>,
-) -> Result<Row, Failure> {
-    let proposer = engine.proposer().map(|(name, _)| name);
-    let remembers = proposer
-        .and_then(|name| Registry::global().ok()?.proposer(name))
-        .is_some_and(|entry| entry.proposer.requirements().remembers_requests);
-    let mut run = |prompt: Vec<u32>, tokens: u32| {
-        let mut request = Request::new(prompt, tokens as usize);
-        request.stop = Some(Vec::new());
-        engine.generate(&request, &mut |_| ControlFlow::Continue(()))
-    };
-    let mut prompts = Vec::new();
-    for text in PROMPTS {
-        prompts.push(model.prompt(text, model.source.chat_template.is_some())?);
-    }
-    // Pipelines are compiled on first use. Whoever remembers requests must not know a prompt before it is measured.
-    run(prompt.to_vec(), args.max_tokens.min(16))?;
-    let repeat = if remembers { 1 } else { args.repeat };
-    let (mut prefill, mut decode) = (f64::INFINITY, f64::INFINITY);
-    let (mut tokens, mut passes, mut accepted, mut drafted_steps) = (0, 0, 0, 0);
-    for _ in 0..repeat {
-        prefill = prefill.min(run(prompt.to_vec(), 1)?.prefill.as_secs_f64());
+/// Greedy tokens without regard to end tokens.
+fn generate(engine: &mut Engine, prompt: &[u32], tokens: u32) -> Result<Generation, Failure> {
+    let mut request = Request::new(prompt.to_vec(), tokens as usize);
+    request.stop = Some(Vec::new());
+    Ok(engine.generate(&request, &mut |_| ControlFlow::Continue(()))?)
+}
+
+/// The fastest of some runs, and the counts of the last, which are those of each.
+#[derive(Default)]
+struct Measured {
+    prefill: Option<f64>,
+    decode: Option<f64>,
+    tokens: usize,
+    passes: u64,
+    accepted: u64,
+    drafted_steps: u64,
+}
+
+impl Measured {
+    /// One run.
+    fn take(engine: &mut Engine, prompt: &[u32], prompts: &[Vec<u32>], max_tokens: u32) -> Result<Self, Failure> {
+        let prefill = generate(engine, prompt, 1)?.prefill.as_secs_f64();
+        let mut run = Self { prefill: Some(prefill), ..Self::default() };
         let mut seconds = 0.0;
-        (tokens, passes, accepted, drafted_steps) = (0, 0, 0, 0);
-        for prompt in &prompts {
-            let generation = run(prompt.clone(), args.max_tokens)?;
+        for prompt in prompts {
+            let generation = generate(engine, prompt, max_tokens)?;
             seconds += generation.decode.as_secs_f64();
-            tokens += generation.tokens.len() - 1;
-            passes += generation.steps;
+            run.tokens += generation.tokens.len() - 1;
+            run.passes += generation.steps;
             if let Some(acceptance) = generation.acceptance {
-                accepted += acceptance.accepted;
-                drafted_steps += acceptance.drafted_steps;
+                run.accepted += acceptance.accepted;
+                run.drafted_steps += acceptance.drafted_steps;
             }
         }
-        decode = decode.min(seconds);
+        Ok(Self { decode: Some(seconds), ..run })
     }
-    let config = &model.source.config;
-    let embedding = u64::from(config.vocab_size) * u64::from(config.hidden_size);
-    // Of the embedding a prompt reads single rows, and its head is one row's.
-    let held = engine.weight_bytes() as f64;
-    let layer_parameters = config.layer_parameters();
-    let flops = 2.0 * (layer_parameters as f64 * prompt.len() as f64 + embedding as f64);
-    Ok(Row {
-        proposer: engine.proposer().map_or("none", |(name, _)| name).to_owned(),
-        num_speculative_tokens: engine.proposer().map(|(_, tokens)| tokens),
-        prefill_tokens_per_second: prompt.len() as f64 / prefill,
-        decode_tokens_per_second: if decode > 0.0 { tokens as f64 / decode } else { 0.0 },
-        speed_up: 1.0,
-        mean_acceptance_length: engine
-            .proposer()
-            .map(|_| 1.0 + if drafted_steps == 0 { 0.0 } else { accepted as f64 / drafted_steps as f64 }),
-        decode_over_memory_floor: ceilings
-            .filter(|_| passes > 0)
-            .map(|ceilings| decode / (passes as f64 * held / (ceilings.copy_gigabytes_per_second * 1e9))),
-        prefill_share_of_gemm: ceilings.map(|ceilings| flops / prefill / (ceilings.gemm_gigaflops * 1e9)),
-    })
+
+    fn keep(&mut self, run: Self) {
+        let least = |a: Option<f64>, b: Option<f64>| a.into_iter().chain(b).reduce(f64::min);
+        *self = Self { prefill: least(self.prefill, run.prefill), decode: least(self.decode, run.decode), ..run };
+    }
+
+    fn row(&self, engine: &Engine, model: &Model, prompt_tokens: usize, ceilings: Option<Ceilings>) -> Row {
+        let (prefill, decode) = (self.prefill.unwrap_or(0.0), self.decode.unwrap_or(0.0));
+        let config = &model.source.config;
+        let embedding = u64::from(config.vocab_size) * u64::from(config.hidden_size);
+        // Of the embedding a prompt reads single rows, and its head is one row's.
+        let held = engine.weight_bytes() as f64;
+        let flops = 2.0 * (config.layer_parameters() as f64 * prompt_tokens as f64 + embedding as f64);
+        let share = |part: f64, whole: u64| if whole == 0 { 0.0 } else { part / whole as f64 };
+        Row {
+            proposer: engine.proposer().map_or("none", |(name, _)| name).to_owned(),
+            num_speculative_tokens: engine.proposer().map(|(_, tokens)| tokens),
+            prefill_tokens_per_second: prompt_tokens as f64 / prefill,
+            decode_tokens_per_second: if decode > 0.0 { self.tokens as f64 / decode } else { 0.0 },
+            speed_up: 1.0,
+            mean_acceptance_length: engine.proposer().map(|_| 1.0 + share(self.accepted as f64, self.drafted_steps)),
+            decode_over_memory_floor: ceilings
+                .filter(|_| self.passes > 0)
+                .map(|ceilings| decode / (self.passes as f64 * held / (ceilings.copy_gigabytes_per_second * 1e9))),
+            prefill_share_of_gemm: ceilings.map(|ceilings| flops / prefill / (ceilings.gemm_gigaflops * 1e9)),
+        }
+    }
 }
 
 fn table(answer: &Answer<'_>) -> String {
