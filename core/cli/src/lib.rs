@@ -36,7 +36,7 @@
 //! | `moe-dense`, `moe-grouped` | the backend for mixtures of experts called `dense`, `grouped` |
 //! | `ngram`, `suffix`, `draft-model`, `dflash`, `medusa`, `mtp`, `combine` | the proposer of this name |
 //! | `eagle` | the proposers `eagle` and `eagle3` |
-//! | `program` | the `polyattn` program, also as a function of a library ([`program`]), [`models`] and [`bench`] |
+//! | `program` | the `polyattn` program, also as a function of a library ([`program`]), [`models`] and [`mod@bench`] |
 //!
 //! All are on by default. An engine that brings plugins of its own turns the default features off, names those it
 //! wants, and says `use my_backend as _;` for its own.
