@@ -1,4 +1,4 @@
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
 use polyattn_device::{Buffer, BufferSlice, Commands, Device};
@@ -34,7 +34,8 @@ struct Packed {
     extra: Vec<u32>,
     index: Vec<u32>,
     buffer: Option<Buffer>,
-    shared_slot: Option<SharedSlot>,
+    /// Looked for when rows are stored first; a batch that only attends may share what it likes.
+    shared_slot: OnceLock<Option<SharedSlot>>,
 }
 
 /// A slot of the cache that rows of two sequences would be stored in.
@@ -109,7 +110,7 @@ impl Plan {
         let in_use = || BackendError::Batch("the plan's memory is in use".into());
         let inner = Arc::get_mut(&mut packed).ok_or_else(in_use)?;
         inner.batch.copy_from(batch);
-        inner.shared_slot = shared_slot(batch, pool);
+        inner.shared_slot.take();
         let spare = std::mem::replace(&mut inner.extra, extra);
         if !device.is_cpu() {
             pack(&mut inner.index, &places, problem, batch, &inner.extra);
@@ -157,7 +158,7 @@ impl Plan {
 
     /// Checks that each row has a slot of the cache to itself, so that K and V can be stored.
     pub(crate) fn stores(&self) -> Result<(), BackendError> {
-        match self.packed.shared_slot {
+        match *self.packed.shared_slot.get_or_init(|| shared_slot(&self.packed.batch, &self.pool)) {
             None => Ok(()),
             Some(SharedSlot { slot, sequences: [first, second] }) => Err(BackendError::Batch(format!(
                 "sequences {first} and {second} both store a row in slot {slot} of the cache"
