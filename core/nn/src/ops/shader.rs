@@ -283,6 +283,7 @@ pub(super) fn rope(rope: &Rope) -> Source {
 pub(super) fn argmax(aligned: bool, workgroup: u32) -> Source {
     let mut text = String::new();
     let vars = [("ALIGNED", u32::from(aligned).to_string()), ("WORKGROUP", workgroup.to_string())];
+    expand(include_str!("largest.wgsl"), &vars, &mut text);
     expand(include_str!("argmax.wgsl"), &vars, &mut text);
     Source { text, bindings: vec![Read, ReadWrite], immediate_bytes: 12 }
 }
@@ -290,7 +291,9 @@ pub(super) fn argmax(aligned: bool, workgroup: u32) -> Source {
 /// The kernel of the largest elements; `workgroup` is a power of two.
 pub(super) fn top_k(workgroup: u32) -> Source {
     let mut text = String::new();
-    expand(include_str!("top_k.wgsl"), &[("WORKGROUP", workgroup.to_string())], &mut text);
+    let vars = [("WORKGROUP", workgroup.to_string())];
+    expand(include_str!("largest.wgsl"), &vars, &mut text);
+    expand(include_str!("top_k.wgsl"), &vars, &mut text);
     Source { text, bindings: vec![Read, ReadWrite, ReadWrite], immediate_bytes: 12 }
 }
 

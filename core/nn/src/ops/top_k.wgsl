@@ -7,21 +7,7 @@ var<immediate> p: Params;
 @group(0) @binding(1) var<storage, read_write> ids: array<u32>;
 @group(0) @binding(2) var<storage, read_write> logs: array<f32>;
 
-var<workgroup> keys: array<u32, $WORKGROUP>;
-var<workgroup> places: array<u32, $WORKGROUP>;
 var<workgroup> sums: array<f32, $WORKGROUP>;
-
-// Integers in the order of the floats, as in `argmax.wgsl`.
-fn key(v: f32) -> u32 {
-    var bits = bitcast<u32>(v);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) {
-        return 0u;
-    }
-    if ((bits & 0x7fffffffu) == 0u) {
-        bits = 0u;
-    }
-    return select(bits | 0x80000000u, ~bits, (bits & 0x80000000u) != 0u);
-}
 
 @compute @workgroup_size($WORKGROUP)
 fn main(
@@ -52,18 +38,7 @@ fn main(
         }
         keys[local] = best;
         places[local] = place;
-        workgroupBarrier();
-        for (var half = $WORKGROUPu / 2u; half > 0u; half >>= 1u) {
-            if (local < half) {
-                let k = keys[local + half];
-                let at = places[local + half];
-                if (k > keys[local] || (k == keys[local] && at < places[local])) {
-                    keys[local] = k;
-                    places[local] = at;
-                }
-            }
-            workgroupBarrier();
-        }
+        find_largest(local);
         last_key = keys[0];
         last_place = places[0];
         workgroupBarrier();
