@@ -4,10 +4,7 @@ use std::fmt::Write;
 
 use polyattn_api::{
     AttentionKind, AttentionProblem, BATCH_WGSL, DeviceFacts, KvDType, Mask,
-    device::{
-        Access,
-        wgsl::{self, Byte},
-    },
+    device::{Access, wgsl},
 };
 
 /// Of queries and keys, and of values.
@@ -102,20 +99,7 @@ impl Variant {
     pub(crate) fn source(self, problem: &AttentionProblem) -> String {
         let mut text = [wgsl::PREAMBLE, BATCH_WGSL, problem.kv_layout.wgsl()].concat();
         text += &wgsl::storage_loader(1, "q", problem.dtype);
-        let byte = match problem.kv_dtype {
-            KvDType::F8E4M3 => Byte::E4M3,
-            KvDType::F8E5M2 => Byte::E5M2,
-            _ => Byte::I8,
-        };
-        if problem.kv_dtype.as_dtype().is_none() {
-            text += wgsl::BYTES_PREAMBLE;
-        }
-        for (binding, name) in [(2, "k"), (3, "v")] {
-            text += &match problem.kv_dtype.as_dtype() {
-                Some(dtype) => wgsl::storage_loader(binding, name, dtype),
-                None => wgsl::byte_loader(binding, name, byte),
-            };
-        }
+        text += &problem.kv_dtype.loaders_wgsl(&[(2, "k"), (3, "v")]);
         for (name, value) in [
             ("THREADS", THREADS),
             ("SCRATCH", SCRATCH),

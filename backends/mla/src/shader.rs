@@ -4,10 +4,7 @@ use std::fmt::Write;
 
 use polyattn_api::{
     AttentionProblem, BATCH_WGSL, DType, DeviceFacts, KvDType, Mask,
-    device::{
-        Access,
-        wgsl::{self, Byte},
-    },
+    device::{Access, wgsl},
 };
 
 /// Largest latent: a merging workgroup has a thread for four elements.
@@ -141,14 +138,9 @@ impl Variant {
 
     fn plain(self, text: &mut String, problem: &AttentionProblem) {
         let latent = problem.kind.output_dim();
-        text.extend([wgsl::PREAMBLE, wgsl::BYTES_PREAMBLE]);
+        text.push_str(wgsl::PREAMBLE);
         *text += &wgsl::storage_loader(1, "q", problem.dtype);
-        *text += &match problem.kv_dtype {
-            KvDType::Q8 => wgsl::byte_loader(2, "cache", Byte::I8),
-            KvDType::F8E4M3 => wgsl::byte_loader(2, "cache", Byte::E4M3),
-            KvDType::F8E5M2 => wgsl::byte_loader(2, "cache", Byte::E5M2),
-            other => wgsl::storage_loader(2, "cache", other.as_dtype().unwrap_or(DType::F32)),
-        };
+        *text += &problem.kv_dtype.loaders_wgsl(&[(2, "cache")]);
         numbers(
             text,
             &[

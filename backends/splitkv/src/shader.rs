@@ -4,10 +4,7 @@ use std::fmt::Write;
 
 use polyattn_api::{
     AttentionProblem, BATCH_WGSL, DType, Decline, DeviceFacts, KvDType, Mask,
-    device::{
-        Access,
-        wgsl::{self, Byte},
-    },
+    device::{Access, wgsl},
 };
 
 /// Head dims that lanes divide evenly, with few enough elements a lane.
@@ -245,20 +242,7 @@ impl Variant {
         match self.products {
             Products::Lanes(_) => {
                 text += &wgsl::storage_loader(1, "q", problem.dtype);
-                let byte = match problem.kv_dtype {
-                    KvDType::F8E4M3 => Byte::E4M3,
-                    KvDType::F8E5M2 => Byte::E5M2,
-                    _ => Byte::I8,
-                };
-                if problem.kv_dtype.as_dtype().is_none() {
-                    text += wgsl::BYTES_PREAMBLE;
-                }
-                for (binding, name) in [(2, "k"), (3, "v")] {
-                    text += &match problem.kv_dtype.as_dtype() {
-                        Some(dtype) => wgsl::storage_loader(binding, name, dtype),
-                        None => wgsl::byte_loader(binding, name, byte),
-                    };
-                }
+                text += &problem.kv_dtype.loaders_wgsl(&[(2, "k"), (3, "v")]);
                 text += include_str!("partial.wgsl");
             }
             Products::Matrices(_) => text += &self.cooperative(),

@@ -1,6 +1,9 @@
 use std::{fmt, sync::Arc};
 
-use polyattn_device::DType;
+use polyattn_device::{
+    DType,
+    wgsl::{self, Byte},
+};
 use serde::{Deserialize, Serialize};
 
 /// Whose attention it is.
@@ -175,6 +178,23 @@ impl KvDType {
             Self::BF16 => Some(DType::BF16),
             Self::Q8 | Self::F8E4M3 | Self::F8E5M2 => None,
         }
+    }
+
+    /// WGSL that declares caches of this format, by binding and name, and reads them:
+    /// [`storage_loader`](wgsl::storage_loader) or [`byte_loader`](wgsl::byte_loader) with what it calls. It goes behind
+    /// [`wgsl::PREAMBLE`].
+    #[must_use]
+    pub fn loaders_wgsl(self, caches: &[(u32, &str)]) -> String {
+        let byte = match (self.as_dtype(), self) {
+            (Some(dtype), _) => {
+                return caches.iter().map(|(binding, name)| wgsl::storage_loader(*binding, name, dtype)).collect();
+            }
+            (None, Self::F8E4M3) => Byte::E4M3,
+            (None, Self::F8E5M2) => Byte::E5M2,
+            (None, _) => Byte::I8,
+        };
+        let loaders = caches.iter().map(|(binding, name)| wgsl::byte_loader(*binding, name, byte));
+        std::iter::once(wgsl::BYTES_PREAMBLE.to_owned()).chain(loaders).collect()
     }
 }
 
