@@ -3,9 +3,9 @@
 use std::process::ExitCode;
 
 use half::{bf16, f16};
-use polyattn_api::{Buffer, DType, Device, MoeIo, MoeProblem, RegisteredMoeBackend, Registry, device::DeviceChoice};
+use polyattn_api::{Buffer, DType, Device, MoeIo, MoeProblem, RegisteredMoeBackend, Registry};
 
-use crate::{Failure, Trial, run};
+use crate::{Failure, Trial, trial::run_named};
 
 /// Hidden size, width, experts, experts of a row.
 const SHAPES: [[u32; 4]; 5] = [[64, 40, 8, 3], [32, 20, 4, 1], [24, 13, 5, 5], [128, 64, 64, 6], [16, 8, 1, 1]];
@@ -61,23 +61,8 @@ pub fn moe_main(name: &str) -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    let all = registry.moe_backends();
-    let chosen: Vec<_> = all.iter().filter(|one| name == "all" || one.name().eq_ignore_ascii_case(name)).collect();
-    if chosen.is_empty() {
-        eprintln!("unknown MoE backend '{name}'; registered are: {}", registry.moe_backend_names());
-        return ExitCode::from(2);
-    }
-    let mut devices = vec![Device::cpu()];
-    match Device::open(&DeviceChoice::Gpu) {
-        Ok(gpu) => devices.push(gpu),
-        Err(error) => eprintln!("skipped on a GPU: {error}"),
-    }
-    let mut trials = Vec::new();
-    for (backend, device) in chosen.iter().flat_map(|backend| devices.iter().map(move |device| (backend, device))) {
-        let place = format!("{} on {}: ", backend.name(), device.facts().name);
-        trials.extend(moe_suite(backend, device).into_iter().map(|trial| trial.named(|name| format!("{place}{name}"))));
-    }
-    run(trials)
+    let unknown = format!("unknown MoE backend '{name}'; registered are: {}", registry.moe_backend_names());
+    run_named(&registry.moe_backends(), name, |one| one.name(), &unknown, moe_suite)
 }
 
 /// A backend and what it is asked.

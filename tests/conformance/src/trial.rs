@@ -5,6 +5,8 @@ use std::{
     process::ExitCode,
 };
 
+use polyattn_api::{Device, device::DeviceChoice};
+
 /// One check with a name.
 pub struct Trial {
     name: String,
@@ -104,4 +106,32 @@ pub fn run(trials: Vec<Trial>) -> ExitCode {
         })
         .collect();
     libtest_mimic::run(&arguments, trials).exit_code()
+}
+
+/// Runs the trials of the chosen ones of `registered`, by name or `all`, on the CPU and on a GPU where there is one.
+/// `unknown` is what is said where nobody has the name.
+pub(crate) fn run_named<B>(
+    registered: &[B],
+    name: &str,
+    name_of: impl Fn(&B) -> &str,
+    unknown: &str,
+    suite: impl Fn(&B, &Device) -> Vec<Trial>,
+) -> ExitCode {
+    let chosen: Vec<_> =
+        registered.iter().filter(|one| name == "all" || name_of(one).eq_ignore_ascii_case(name)).collect();
+    if chosen.is_empty() {
+        eprintln!("{unknown}");
+        return ExitCode::from(2);
+    }
+    let mut devices = vec![Device::cpu()];
+    match Device::open(&DeviceChoice::Gpu) {
+        Ok(gpu) => devices.push(gpu),
+        Err(error) => eprintln!("skipped on a GPU: {error}"),
+    }
+    let mut trials = Vec::new();
+    for (backend, device) in chosen.iter().flat_map(|backend| devices.iter().map(move |device| (backend, device))) {
+        let place = format!("{} on {}: ", name_of(backend), device.facts().name);
+        trials.extend(suite(backend, device).into_iter().map(|trial| trial.named(|name| format!("{place}{name}"))));
+    }
+    run(trials)
 }

@@ -10,9 +10,9 @@ mod subject;
 
 use std::process::ExitCode;
 
-use polyattn_api::{Device, RegisteredBackend, Registry, device::DeviceChoice};
+use polyattn_api::{Device, RegisteredBackend, Registry};
 
-use crate::{Failure, Trial, run};
+use crate::{Failure, Trial, trial::run_named};
 use subject::Subject;
 
 /// Every trial of a backend on a device, made from its [`Capabilities`](polyattn_api::Capabilities): to advertise a
@@ -60,23 +60,8 @@ pub fn backend_main(name: &str) -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    let all = registry.backends();
-    let chosen: Vec<_> = all.iter().filter(|one| name == "all" || one.name().eq_ignore_ascii_case(name)).collect();
-    if chosen.is_empty() {
-        eprintln!("unknown attention backend '{name}'; registered are: {}", registry.backend_names());
-        return ExitCode::from(2);
-    }
-    let mut devices = vec![Device::cpu()];
-    match Device::open(&DeviceChoice::Gpu) {
-        Ok(gpu) => devices.push(gpu),
-        Err(error) => eprintln!("skipped on a GPU: {error}"),
-    }
-    let mut trials = Vec::new();
-    for (backend, device) in chosen.iter().flat_map(|backend| devices.iter().map(move |device| (backend, device))) {
-        let place = format!("{} on {}: ", backend.name(), device.facts().name);
-        trials.extend(suite(backend, device).into_iter().map(|trial| trial.named(|name| format!("{place}{name}"))));
-    }
-    run(trials)
+    let unknown = format!("unknown attention backend '{name}'; registered are: {}", registry.backend_names());
+    run_named(&registry.backends(), name, |one| one.name(), &unknown, suite)
 }
 
 /// The trials so far.
