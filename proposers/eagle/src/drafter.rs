@@ -1,9 +1,7 @@
-use polyattn_api::{
-    DType, Drafter, LoadContext, Outcome, PrefixReuse, Proposal, ProposeContext, ProposerError, TapSpec,
-};
+use polyattn_api::{DType, LoadContext, ProposerError, TapSpec};
 use polyattn_nn::{
     NnError, WeightLoader,
-    drafting::{FeatureDrafter, FeatureEntry, FeatureHead, FeatureNetwork, FeatureStages, NextFeature},
+    drafting::{FeatureDrafter, FeatureEntry, FeatureHead, FeatureNetwork, NextFeature},
     layer::{DecoderLayer, LayerInput},
     load::Checkpoint,
     ops::{Matrix, RopeTable, Vector},
@@ -17,52 +15,29 @@ const MOST_TOKENS: u32 = 16;
 /// Tokens of a chain where the user asked for no number.
 const DEFAULT_TOKENS: u32 = 4;
 
-/// A loaded EAGLE drafter.
-#[derive(Debug)]
-pub struct EagleDrafter {
-    config: EagleConfig,
-    taps: TapSpec,
-    drafter: FeatureDrafter,
-}
-
-impl EagleDrafter {
-    /// Loads a checkpoint of a version.
-    ///
-    /// # Errors
-    /// A checkpoint that is broken, of another version, or does not fit the target; too many tokens; no memory.
-    pub fn load(context: &LoadContext<'_>, version: Version) -> Result<Self, ProposerError> {
-        let path = context.checkpoint.ok_or(ProposerError::NoCheckpoint(version.method()))?;
-        let config = EagleConfig::open(path, version)?;
-        config.check(context.target)?;
-        if let Some(tokens) = context.num_speculative_tokens
-            && tokens > MOST_TOKENS
-        {
-            let method = version.method();
-            return Err(ProposerError::Unsupported(format!(
-                "num_speculative_tokens is {tokens}, {method} drafts at most {MOST_TOKENS}"
-            )));
-        }
-        let taps = match version {
-            Version::Eagle1 => TapSpec::of_last_hidden(),
-            Version::Eagle3 => TapSpec::of_layers(config.taps(context.target)?),
-        };
-        let checkpoint = Checkpoint::open(&config.folder).map_err(NnError::from)?;
-        let network = Loading { config: &config, context, checkpoint: &checkpoint }.network(taps.count() as u32)?;
-        let drafter = FeatureDrafter::new(context, network, MOST_TOKENS)?;
-        Ok(Self { config, taps, drafter })
+/// Loads a checkpoint of a version.
+///
+/// # Errors
+/// A checkpoint that is broken, of another version, or does not fit the target; too many tokens; no memory.
+pub fn load(context: &LoadContext<'_>, version: Version) -> Result<FeatureDrafter, ProposerError> {
+    let path = context.checkpoint.ok_or(ProposerError::NoCheckpoint(version.method()))?;
+    let config = EagleConfig::open(path, version)?;
+    config.check(context.target)?;
+    if let Some(tokens) = context.num_speculative_tokens
+        && tokens > MOST_TOKENS
+    {
+        let method = version.method();
+        return Err(ProposerError::Unsupported(format!(
+            "num_speculative_tokens is {tokens}, {method} drafts at most {MOST_TOKENS}"
+        )));
     }
-
-    /// Its configuration.
-    #[must_use]
-    pub fn config(&self) -> &EagleConfig {
-        &self.config
-    }
-
-    /// What the last step left behind.
-    #[must_use]
-    pub fn stages(&self) -> FeatureStages<'_> {
-        self.drafter.stages()
-    }
+    let taps = match version {
+        Version::Eagle1 => TapSpec::of_last_hidden(),
+        Version::Eagle3 => TapSpec::of_layers(config.taps(context.target)?),
+    };
+    let checkpoint = Checkpoint::open(&config.folder).map_err(NnError::from)?;
+    let network = Loading { config: &config, context, checkpoint: &checkpoint }.network(taps.count() as u32)?;
+    Ok(FeatureDrafter::new(context, network, taps, DEFAULT_TOKENS, MOST_TOKENS)?)
 }
 
 /// A checkpoint on its way to a device.
@@ -200,35 +175,5 @@ impl Loading<'_> {
             true => Ok(vector),
             false => Err(self.mismatch(format!("'{name}' has {} elements, {len} are needed", vector.len))),
         }
-    }
-}
-
-impl Drafter for EagleDrafter {
-    fn taps(&self) -> &TapSpec {
-        &self.taps
-    }
-
-    fn max_tokens(&self) -> u32 {
-        self.drafter.max_tokens()
-    }
-
-    fn default_tokens(&self) -> u32 {
-        DEFAULT_TOKENS
-    }
-
-    fn reuse(&self) -> PrefixReuse {
-        PrefixReuse::AllButTheLastPage
-    }
-
-    fn propose(&mut self, context: &mut ProposeContext<'_>) -> Result<Proposal, ProposerError> {
-        self.drafter.propose(context)
-    }
-
-    fn commit(&mut self, outcome: &mut Outcome<'_>) -> Result<(), ProposerError> {
-        self.drafter.commit(outcome)
-    }
-
-    fn forget(&mut self, sequence: u64) {
-        self.drafter.forget(sequence);
     }
 }

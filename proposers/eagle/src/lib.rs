@@ -13,7 +13,7 @@ use polyattn_api::{
 };
 
 pub use config::{EagleConfig, Version};
-pub use drafter::EagleDrafter;
+pub use drafter::load;
 
 /// The descriptor of EAGLE.
 #[derive(Debug, Default)]
@@ -42,7 +42,7 @@ impl Proposer for Eagle {
     }
 
     fn load(&self, context: &LoadContext<'_>) -> Result<Box<dyn Drafter>, ProposerError> {
-        Ok(Box::new(EagleDrafter::load(context, Version::Eagle1)?))
+        Ok(Box::new(drafter::load(context, Version::Eagle1)?))
     }
 }
 
@@ -62,7 +62,7 @@ impl Proposer for Eagle3 {
     }
 
     fn load(&self, context: &LoadContext<'_>) -> Result<Box<dyn Drafter>, ProposerError> {
-        Ok(Box::new(EagleDrafter::load(context, Version::Eagle3)?))
+        Ok(Box::new(drafter::load(context, Version::Eagle3)?))
     }
 }
 

@@ -1,7 +1,7 @@
-use polyattn_api::{Drafter, LoadContext, Outcome, PrefixReuse, Proposal, ProposeContext, ProposerError, TapSpec};
+use polyattn_api::{LoadContext, ProposerError, TapSpec};
 use polyattn_nn::{
     NnError, WeightLoader,
-    drafting::{FeatureDrafter, FeatureEntry, FeatureHead, FeatureNetwork, FeatureStages, NextFeature},
+    drafting::{FeatureDrafter, FeatureEntry, FeatureHead, FeatureNetwork, NextFeature},
     layer::DecoderLayer,
     load::Checkpoint,
     ops::{RopeTable, Vector},
@@ -56,67 +56,37 @@ impl Form {
     }
 }
 
-/// A loaded layer for multi-token prediction.
-#[derive(Debug)]
-pub struct MtpDrafter {
-    config: MtpConfig,
-    form: Form,
-    taps: TapSpec,
-    drafter: FeatureDrafter,
-}
-
-impl MtpDrafter {
-    /// Loads the layer of a checkpoint.
-    ///
-    /// # Errors
-    /// A checkpoint that is broken, has no such layer, or does not fit the target; too many tokens; no memory.
-    pub fn load(context: &LoadContext<'_>) -> Result<Self, ProposerError> {
-        let path = context.checkpoint.ok_or(ProposerError::NoCheckpoint("mtp"))?;
-        let config = MtpConfig::open(path)?;
-        config.check(context.target)?;
-        if let Some(tokens) = context.num_speculative_tokens
-            && tokens > MOST_TOKENS
-        {
-            return Err(ProposerError::Unsupported(format!(
-                "num_speculative_tokens is {tokens}, mtp drafts at most {MOST_TOKENS}"
-            )));
-        }
-        let checkpoint = Checkpoint::open(&config.folder).map_err(NnError::from)?;
-        let has = |form: &Form| checkpoint.has(&form.names(config.model.layers).project);
-        let form = [Form::DeepSeek, Form::Qwen].into_iter().find(has).ok_or_else(|| {
-            ProposerError::Checkpoint(format!(
-                "{}: neither '{}' nor '{}' is there: the checkpoint has no layer for multi-token prediction in a form \
-                 that is known",
-                config.folder.display(),
-                Form::DeepSeek.names(config.model.layers).project,
-                Form::Qwen.names(config.model.layers).project,
-            ))
-        })?;
-        let network = network(context, &config, &checkpoint, form).map_err(|error| match error {
-            NnError::Shape(message) => ProposerError::Mismatch(format!("{}: {message}", config.folder.display())),
-            error => error.into(),
-        })?;
-        let drafter = FeatureDrafter::new(context, network, MOST_TOKENS)?;
-        Ok(Self { config, form, taps: TapSpec::of_last_hidden(), drafter })
+/// Loads the layer of a checkpoint.
+///
+/// # Errors
+/// A checkpoint that is broken, has no such layer, or does not fit the target; too many tokens; no memory.
+pub fn load(context: &LoadContext<'_>) -> Result<FeatureDrafter, ProposerError> {
+    let path = context.checkpoint.ok_or(ProposerError::NoCheckpoint("mtp"))?;
+    let config = MtpConfig::open(path)?;
+    config.check(context.target)?;
+    if let Some(tokens) = context.num_speculative_tokens
+        && tokens > MOST_TOKENS
+    {
+        return Err(ProposerError::Unsupported(format!(
+            "num_speculative_tokens is {tokens}, mtp drafts at most {MOST_TOKENS}"
+        )));
     }
-
-    /// Its configuration.
-    #[must_use]
-    pub fn config(&self) -> &MtpConfig {
-        &self.config
-    }
-
-    /// The form of its checkpoint.
-    #[must_use]
-    pub fn form(&self) -> Form {
-        self.form
-    }
-
-    /// What the last step left behind.
-    #[must_use]
-    pub fn stages(&self) -> FeatureStages<'_> {
-        self.drafter.stages()
-    }
+    let checkpoint = Checkpoint::open(&config.folder).map_err(NnError::from)?;
+    let has = |form: &Form| checkpoint.has(&form.names(config.model.layers).project);
+    let form = [Form::DeepSeek, Form::Qwen].into_iter().find(has).ok_or_else(|| {
+        ProposerError::Checkpoint(format!(
+            "{}: neither '{}' nor '{}' is there: the checkpoint has no layer for multi-token prediction in a form \
+             that is known",
+            config.folder.display(),
+            Form::DeepSeek.names(config.model.layers).project,
+            Form::Qwen.names(config.model.layers).project,
+        ))
+    })?;
+    let network = network(context, &config, &checkpoint, form).map_err(|error| match error {
+        NnError::Shape(message) => ProposerError::Mismatch(format!("{}: {message}", config.folder.display())),
+        error => error.into(),
+    })?;
+    Ok(FeatureDrafter::new(context, network, TapSpec::of_last_hidden(), DEFAULT_TOKENS, MOST_TOKENS)?)
 }
 
 fn network(
@@ -162,34 +132,4 @@ fn network(
         zero_first: form == Form::DeepSeek,
         rope: RopeTable::new(context.device, &config.model.inv_freq(), context.pool_pages * context.page_size)?,
     })
-}
-
-impl Drafter for MtpDrafter {
-    fn taps(&self) -> &TapSpec {
-        &self.taps
-    }
-
-    fn max_tokens(&self) -> u32 {
-        self.drafter.max_tokens()
-    }
-
-    fn default_tokens(&self) -> u32 {
-        DEFAULT_TOKENS
-    }
-
-    fn reuse(&self) -> PrefixReuse {
-        PrefixReuse::AllButTheLastPage
-    }
-
-    fn propose(&mut self, context: &mut ProposeContext<'_>) -> Result<Proposal, ProposerError> {
-        self.drafter.propose(context)
-    }
-
-    fn commit(&mut self, outcome: &mut Outcome<'_>) -> Result<(), ProposerError> {
-        self.drafter.commit(outcome)
-    }
-
-    fn forget(&mut self, sequence: u64) {
-        self.drafter.forget(sequence);
-    }
 }

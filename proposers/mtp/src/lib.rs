@@ -13,7 +13,7 @@ use polyattn_api::{
 };
 
 pub use config::MtpConfig;
-pub use drafter::{Form, MtpDrafter};
+pub use drafter::{Form, load};
 
 /// The descriptor of multi-token prediction.
 #[derive(Debug, Default)]
@@ -44,6 +44,6 @@ impl Proposer for Mtp {
     }
 
     fn load(&self, context: &LoadContext<'_>) -> Result<Box<dyn Drafter>, ProposerError> {
-        Ok(Box::new(MtpDrafter::load(context)?))
+        Ok(Box::new(drafter::load(context)?))
     }
 }

@@ -3,15 +3,15 @@
 
 use std::path::PathBuf;
 
-use polyattn_mtp::{Form, Mtp, MtpDrafter};
-use polyattn_nn::drafting::golden::GoldenCase;
+use polyattn_mtp::{Form, Mtp, load};
+use polyattn_nn::drafting::{FeatureDrafter, golden::GoldenCase};
 use {polyattn_cpu as _, polyattn_flash as _};
 
 fn check(form: Form, tolerance: f32) {
     let case = if form == Form::Qwen { "qwen" } else { "deepseek" };
     let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/mtp").join(case);
-    let stages = |drafter: &MtpDrafter| (Some(drafter.stages().hidden.clone()), None);
-    GoldenCase { proposer: &Mtp, folder: &folder, layers: 6, tolerance, load: MtpDrafter::load, stages }.check();
+    let stages = |drafter: &FeatureDrafter| (Some(drafter.stages().hidden.clone()), None);
+    GoldenCase { proposer: &Mtp, folder: &folder, layers: 6, tolerance, load, stages }.check();
 }
 
 #[test]

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use polyattn_api::{
-    AttentionKernel, BatchLayout, CommittedRows, DraftSequence, LoadContext, Outcome, Plan, Proposal, ProposeContext,
-    ProposerError, TargetServices,
+    AttentionKernel, BatchLayout, CommittedRows, DraftSequence, Drafter, LoadContext, Outcome, Plan, PrefixReuse,
+    Proposal, ProposeContext, ProposerError, TapSpec, TargetServices,
 };
 use polyattn_device::{Buffer, BufferSlice, Commands, Device};
 
@@ -106,6 +106,8 @@ pub struct FeatureDrafter {
     trees: Option<(Arc<dyn AttentionKernel>, TreeMemory)>,
     pub(super) kept: RowStore,
     chains: Chains,
+    taps: TapSpec,
+    default_tokens: u32,
     pub(super) memory: Memory,
 }
 
@@ -147,11 +149,18 @@ pub struct FeatureStages<'a> {
 }
 
 impl FeatureDrafter {
-    /// A drafter of chains of up to `tokens` tokens by this network, whose attention is that of the only layer kind that was described.
+    /// A drafter by this network from these taps, whose attention is that of the only layer kind that was described. Its
+    /// chains have `default_tokens` tokens where the user asked for no number, and `tokens` at the most.
     ///
     /// # Errors
     /// No kernel for it, no memory.
-    pub fn new(context: &LoadContext<'_>, network: FeatureNetwork, tokens: u32) -> Result<Self, NnError> {
+    pub fn new(
+        context: &LoadContext<'_>,
+        network: FeatureNetwork,
+        taps: TapSpec,
+        default_tokens: u32,
+        tokens: u32,
+    ) -> Result<Self, NnError> {
         let device = context.device;
         let [attention] = context.attention else {
             return Err(NnError::Shape(format!(
@@ -168,7 +177,7 @@ impl FeatureDrafter {
         let words = |rows: u32, width: u32| u64::from(rows) * u64::from(width) * 4;
         let kv_row = u64::from(shape.kv_heads) * u64::from(shape.head_dim);
         let cache = u64::from(context.pool_pages) * u64::from(context.page_size) * kv_row * context.kv_dtype.bytes();
-        let taps = network.fuse.as_ref().map_or(hidden, |fuse| fuse.cols);
+        let tapped = network.fuse.as_ref().map_or(hidden, |fuse| fuse.cols);
         let (logits, target_ids) = match &network.head {
             FeatureHead::Target => (None, None),
             FeatureHead::Own { weight, target_ids } => (
@@ -180,7 +189,7 @@ impl FeatureDrafter {
             rows,
             k_cache: device.alloc(cache, "draft key cache")?,
             v_cache: device.alloc(cache, "draft value cache")?,
-            tapped: device.alloc(words(rows, taps), "draft taps")?,
+            tapped: device.alloc(words(rows, tapped), "draft taps")?,
             tapped_rows: device.alloc(words(rows, 1), "draft tap rows")?,
             features: device.alloc(words(rows, hidden), "draft features")?,
             ids: device.alloc(words(rows, 1), "draft context ids")?,
@@ -216,6 +225,8 @@ impl FeatureDrafter {
             network,
             device: device.clone(),
             chains,
+            taps,
+            default_tokens,
             page_size: context.page_size,
             pool_pages: context.pool_pages,
             memory,
@@ -234,17 +245,6 @@ impl FeatureDrafter {
         }
     }
 
-    /// Tokens of a chain at the most.
-    #[must_use]
-    pub fn max_tokens(&self) -> u32 {
-        self.chains.tokens()
-    }
-
-    /// Forgets a sequence.
-    pub fn forget(&mut self, sequence: u64) {
-        self.kept.forget(sequence);
-    }
-
     pub(super) fn pages<'a>(&self, pages: &'a [i32], tokens: u32) -> Result<&'a [i32], ProposerError> {
         let needed = tokens.div_ceil(self.page_size) as usize;
         pages.get(..needed).ok_or_else(|| {
@@ -254,123 +254,6 @@ impl FeatureDrafter {
 
     fn norm<'a>(&self, weight: &'a Vector) -> Norm<'a> {
         Norm { weight, eps: self.network.shape.eps }
-    }
-
-    /// Writes the keys and values of what was committed, and keeps the last hidden state of each sequence.
-    ///
-    /// # Errors
-    /// No taps, more rows than a step has, too few pages or tokens; the device.
-    pub fn commit(&mut self, outcome: &mut Outcome<'_>) -> Result<(), ProposerError> {
-        let taps =
-            outcome.taps.ok_or_else(|| ProposerError::Unsupported("the target's hidden states are missing".into()))?;
-        let rows: u32 = outcome.sequences.iter().map(CommittedRows::count).sum();
-        if rows == 0 {
-            return Ok(());
-        }
-        if rows > self.memory.rows {
-            let most = self.memory.rows;
-            return Err(ProposerError::Unsupported(format!("{rows} rows committed at once, at most {most}")));
-        }
-        let mut batch = BatchLayout::new(self.page_size, self.pool_pages);
-        let (mut ids, mut positions, mut from, mut last) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-        for committed in outcome.sequences.iter().filter(|committed| committed.count() > 0) {
-            let length = committed.position + committed.count();
-            let next = committed.tokens.get(committed.position as usize + 1..=length as usize).ok_or_else(|| {
-                let known = committed.tokens.len();
-                ProposerError::Unsupported(format!("{length} positions committed, but only {known} tokens are known"))
-            })?;
-            batch.push(committed.count(), length, self.pages(committed.pages, length)?);
-            ids.extend_from_slice(next);
-            positions.extend(committed.position..length);
-            from.extend_from_slice(committed.rows);
-            last.push(NewRow { sequence: committed.id, row: ids.len() as u32 - 1, position: length - 1 });
-        }
-        let memory = &self.memory;
-        self.device.write(&memory.ids, 0, &ids)?;
-        self.device.write(&memory.positions, 0, &positions)?;
-        let commands = &mut *outcome.commands;
-        let tapped = if from.iter().zip(0..).all(|(row, place)| *row == place) {
-            taps
-        } else {
-            self.device.write(&memory.tapped_rows, 0, &from)?;
-            let width = self.network.fuse.as_ref().map_or(self.network.shape.hidden_size, |fuse| fuse.cols);
-            ops::gather_rows(commands, taps.whole(), width, memory.tapped_rows.whole(), rows, memory.tapped.whole())?;
-            &memory.tapped
-        };
-        let features = match &self.network.fuse {
-            Some(weight) => {
-                let (x, out) = (tapped.whole(), memory.features.whole());
-                ops::linear(commands, &LinearCall { x, rows, weight, norm: None, bias: None, out, accumulate: false })?;
-                &memory.features
-            }
-            None => tapped,
-        };
-        let plan = self.kernel.plan(&batch)?;
-        self.embed(commands, outcome.target, memory.ids.whole(), &positions)?;
-        let input = self.enter(commands, features, rows)?;
-        let at = Rows { count: rows, positions: memory.positions.whole(), rope: &self.network.rope };
-        self.network.layer.store(commands, input, at, &self.attention(self.kernel.as_ref(), &plan), &memory.layer)?;
-        Ok(self.kept.put(commands, features.whole(), &last)?)
-    }
-
-    /// Drafts a chain for each sequence, all on the device; or a tree, where one is wanted and there is a kernel for it.
-    ///
-    /// # Errors
-    /// More sequences than a step has, too few pages; the device.
-    pub fn propose(&mut self, context: &mut ProposeContext<'_>) -> Result<Proposal, ProposerError> {
-        let sequences = context.sequences;
-        // Nothing can be drafted for who was not committed up to the anchor.
-        let width = |one: &DraftSequence<'_>| match self.kept.position(one.id) {
-            Some(position) if position as usize + 2 == one.tokens.len() => one.width.min(self.chains.tokens()),
-            _ => 0,
-        };
-        let counts: Vec<u32> = sequences.iter().map(width).collect();
-        let order = ChainOrder::new(counts.clone());
-        if order.longest() == 0 {
-            return Ok(order.nothing());
-        }
-        if let (Some(wish), Some((kernel, memory))) = (context.tree, &self.trees) {
-            return self.propose_trees(context, &order, &counts, wish, kernel.as_ref(), memory);
-        }
-        self.chains.begin(sequences, &order)?;
-        let memory = &self.memory;
-        let stride = self.chains.stride();
-        let mut positions = vec![0; (stride * order.longest()) as usize];
-        let mut batches = Vec::new();
-        for pass in 0..order.longest() {
-            let mut batch = BatchLayout::new(self.page_size, self.pool_pages);
-            for (row, place) in (0..order.rows_beyond(pass)).zip(order.rows()) {
-                // The first pass is that of the row before the anchor.
-                let length = sequences[*place].tokens.len() as u32 - 1 + pass;
-                positions[(pass * stride + row) as usize] = length - 1;
-                batch.push(1, length, self.pages(sequences[*place].pages, length)?);
-            }
-            batches.push(batch);
-        }
-        self.device.write(&memory.chain_positions, 0, &positions)?;
-
-        let commands = &mut *context.commands;
-        let drafted: Vec<u64> = order.rows().iter().map(|place| sequences[*place].id).collect();
-        self.kept.gather(commands, &drafted, memory.features.whole())?;
-        for (pass, batch) in (0..).zip(&batches) {
-            let rows = batch.rows();
-            let features = match (pass, self.network.next) {
-                (0, _) => &memory.features,
-                (_, NextFeature::Output) => &memory.hidden,
-                (_, NextFeature::Normed) => &memory.normed,
-            };
-            let plan = self.kernel.plan(batch)?;
-            let first = pass * stride;
-            let row_positions = &positions[first as usize..(first + rows) as usize];
-            self.embed(commands, context.target, self.chains.column(pass)?, row_positions)?;
-            let input = self.enter(commands, features, rows)?;
-            let at = memory.chain_positions.slice(u64::from(first) * 4, u64::from(stride) * 4)?;
-            let at = Rows { count: rows, positions: at, rope: &self.network.rope };
-            let attention = self.attention(self.kernel.as_ref(), &plan);
-            self.network.layer.forward_from(commands, input, &memory.hidden, at, &attention, &memory.layer)?;
-            self.choose(commands, context.target, rows, self.chains.column(pass + 1)?)?;
-        }
-        Ok(self.chains.finish(commands, order)?)
     }
 
     pub(super) fn attention<'a>(&'a self, kernel: &'a dyn AttentionKernel, plan: &'a Plan) -> LayerAttention<'a> {
@@ -475,5 +358,138 @@ impl FeatureDrafter {
             }
         }
         Ok(())
+    }
+}
+
+impl Drafter for FeatureDrafter {
+    fn taps(&self) -> &TapSpec {
+        &self.taps
+    }
+
+    fn max_tokens(&self) -> u32 {
+        self.chains.tokens()
+    }
+
+    fn default_tokens(&self) -> u32 {
+        self.default_tokens
+    }
+
+    fn reuse(&self) -> PrefixReuse {
+        PrefixReuse::AllButTheLastPage
+    }
+
+    /// Drafts a chain for each sequence, all on the device; or a tree, where one is wanted and there is a kernel for it.
+    fn propose(&mut self, context: &mut ProposeContext<'_>) -> Result<Proposal, ProposerError> {
+        let sequences = context.sequences;
+        // Nothing can be drafted for who was not committed up to the anchor.
+        let width = |one: &DraftSequence<'_>| match self.kept.position(one.id) {
+            Some(position) if position as usize + 2 == one.tokens.len() => one.width.min(self.chains.tokens()),
+            _ => 0,
+        };
+        let counts: Vec<u32> = sequences.iter().map(width).collect();
+        let order = ChainOrder::new(counts.clone());
+        if order.longest() == 0 {
+            return Ok(order.nothing());
+        }
+        if let (Some(wish), Some((kernel, memory))) = (context.tree, &self.trees) {
+            return self.propose_trees(context, &order, &counts, wish, kernel.as_ref(), memory);
+        }
+        self.chains.begin(sequences, &order)?;
+        let memory = &self.memory;
+        let stride = self.chains.stride();
+        let mut positions = vec![0; (stride * order.longest()) as usize];
+        let mut batches = Vec::new();
+        for pass in 0..order.longest() {
+            let mut batch = BatchLayout::new(self.page_size, self.pool_pages);
+            for (row, place) in (0..order.rows_beyond(pass)).zip(order.rows()) {
+                // The first pass is that of the row before the anchor.
+                let length = sequences[*place].tokens.len() as u32 - 1 + pass;
+                positions[(pass * stride + row) as usize] = length - 1;
+                batch.push(1, length, self.pages(sequences[*place].pages, length)?);
+            }
+            batches.push(batch);
+        }
+        self.device.write(&memory.chain_positions, 0, &positions)?;
+
+        let commands = &mut *context.commands;
+        let drafted: Vec<u64> = order.rows().iter().map(|place| sequences[*place].id).collect();
+        self.kept.gather(commands, &drafted, memory.features.whole())?;
+        for (pass, batch) in (0..).zip(&batches) {
+            let rows = batch.rows();
+            let features = match (pass, self.network.next) {
+                (0, _) => &memory.features,
+                (_, NextFeature::Output) => &memory.hidden,
+                (_, NextFeature::Normed) => &memory.normed,
+            };
+            let plan = self.kernel.plan(batch)?;
+            let first = pass * stride;
+            let row_positions = &positions[first as usize..(first + rows) as usize];
+            self.embed(commands, context.target, self.chains.column(pass)?, row_positions)?;
+            let input = self.enter(commands, features, rows)?;
+            let at = memory.chain_positions.slice(u64::from(first) * 4, u64::from(stride) * 4)?;
+            let at = Rows { count: rows, positions: at, rope: &self.network.rope };
+            let attention = self.attention(self.kernel.as_ref(), &plan);
+            self.network.layer.forward_from(commands, input, &memory.hidden, at, &attention, &memory.layer)?;
+            self.choose(commands, context.target, rows, self.chains.column(pass + 1)?)?;
+        }
+        Ok(self.chains.finish(commands, order)?)
+    }
+
+    /// Writes the keys and values of what was committed, and keeps the last hidden state of each sequence.
+    fn commit(&mut self, outcome: &mut Outcome<'_>) -> Result<(), ProposerError> {
+        let taps =
+            outcome.taps.ok_or_else(|| ProposerError::Unsupported("the target's hidden states are missing".into()))?;
+        let rows: u32 = outcome.sequences.iter().map(CommittedRows::count).sum();
+        if rows == 0 {
+            return Ok(());
+        }
+        if rows > self.memory.rows {
+            let most = self.memory.rows;
+            return Err(ProposerError::Unsupported(format!("{rows} rows committed at once, at most {most}")));
+        }
+        let mut batch = BatchLayout::new(self.page_size, self.pool_pages);
+        let (mut ids, mut positions, mut from, mut last) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        for committed in outcome.sequences.iter().filter(|committed| committed.count() > 0) {
+            let length = committed.position + committed.count();
+            let next = committed.tokens.get(committed.position as usize + 1..=length as usize).ok_or_else(|| {
+                let known = committed.tokens.len();
+                ProposerError::Unsupported(format!("{length} positions committed, but only {known} tokens are known"))
+            })?;
+            batch.push(committed.count(), length, self.pages(committed.pages, length)?);
+            ids.extend_from_slice(next);
+            positions.extend(committed.position..length);
+            from.extend_from_slice(committed.rows);
+            last.push(NewRow { sequence: committed.id, row: ids.len() as u32 - 1, position: length - 1 });
+        }
+        let memory = &self.memory;
+        self.device.write(&memory.ids, 0, &ids)?;
+        self.device.write(&memory.positions, 0, &positions)?;
+        let commands = &mut *outcome.commands;
+        let tapped = if from.iter().zip(0..).all(|(row, place)| *row == place) {
+            taps
+        } else {
+            self.device.write(&memory.tapped_rows, 0, &from)?;
+            let width = self.network.fuse.as_ref().map_or(self.network.shape.hidden_size, |fuse| fuse.cols);
+            ops::gather_rows(commands, taps.whole(), width, memory.tapped_rows.whole(), rows, memory.tapped.whole())?;
+            &memory.tapped
+        };
+        let features = match &self.network.fuse {
+            Some(weight) => {
+                let (x, out) = (tapped.whole(), memory.features.whole());
+                ops::linear(commands, &LinearCall { x, rows, weight, norm: None, bias: None, out, accumulate: false })?;
+                &memory.features
+            }
+            None => tapped,
+        };
+        let plan = self.kernel.plan(&batch)?;
+        self.embed(commands, outcome.target, memory.ids.whole(), &positions)?;
+        let input = self.enter(commands, features, rows)?;
+        let at = Rows { count: rows, positions: memory.positions.whole(), rope: &self.network.rope };
+        self.network.layer.store(commands, input, at, &self.attention(self.kernel.as_ref(), &plan), &memory.layer)?;
+        Ok(self.kept.put(commands, features.whole(), &last)?)
+    }
+
+    fn forget(&mut self, sequence: u64) {
+        self.kept.forget(sequence);
     }
 }
