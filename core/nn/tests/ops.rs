@@ -2,44 +2,15 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
+mod common;
+
+use common::{Random, devices, floats, poison};
 use half::{bf16, f16};
-use polyattn_device::{Buffer, DType, Device, DeviceChoice};
+use polyattn_device::{DType, Device};
 use polyattn_nn::{
     load::RopePairing,
     ops::{self, LinearCall, Matrix, Norm, OpError, RopeCall, RopeTable, SwigluCall, Vector},
 };
-
-fn devices() -> Vec<Device> {
-    let mut devices = vec![Device::cpu()];
-    match Device::open(&DeviceChoice::Gpu) {
-        Ok(gpu) => devices.push(gpu),
-        Err(error) => eprintln!("skipped on a GPU: {error}"),
-    }
-    devices
-}
-
-/// Numbers in -1..1, the same ones on every run.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> f32 {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        ((self.0 >> 40) as f32 / (1 << 23) as f32) - 1.0
-    }
-
-    fn vec(&mut self, length: usize) -> Vec<f32> {
-        (0..length).map(|_| self.next()).collect()
-    }
-}
-
-fn floats(device: &Device, data: &[f32]) -> Buffer {
-    device.upload(data, "floats").unwrap()
-}
-
-/// Memory that shows what was not written.
-fn poison(device: &Device, elements: usize) -> Buffer {
-    floats(device, &vec![f32::NAN; elements])
-}
 
 fn vector(device: &Device, data: &[f32]) -> Vector {
     Vector { buffer: floats(device, data), len: data.len() as u32 }

@@ -2,8 +2,11 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
+mod common;
+
+use common::{Random, devices, floats, poison};
 use half::{bf16, f16};
-use polyattn_device::{Buffer, Commands, DType, Device, DeviceChoice};
+use polyattn_device::{Buffer, Commands, DType, Device};
 use polyattn_nn::{
     load::{ExpertChoice, RopePairing},
     ops::{
@@ -12,39 +15,8 @@ use polyattn_nn::{
     },
 };
 
-fn devices() -> Vec<Device> {
-    let mut devices = vec![Device::cpu()];
-    match Device::open(&DeviceChoice::Gpu) {
-        Ok(gpu) => devices.push(gpu),
-        Err(error) => eprintln!("skipped on a GPU: {error}"),
-    }
-    devices
-}
-
-/// Numbers in -1..1, the same ones on every run.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> f32 {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        ((self.0 >> 40) as f32 / (1 << 23) as f32) - 1.0
-    }
-
-    fn vec(&mut self, length: usize) -> Vec<f32> {
-        (0..length).map(|_| self.next()).collect()
-    }
-
-    fn below(&mut self, count: usize) -> usize {
-        (((self.next() + 1.0) / 2.0 * count as f32) as usize).min(count - 1)
-    }
-}
-
-fn floats(device: &Device, data: &[f32]) -> Buffer {
-    device.upload(data, "floats").unwrap()
-}
-
-fn poison(device: &Device, elements: usize) -> Buffer {
-    floats(device, &vec![f32::NAN; elements])
+fn below(random: &mut Random, count: usize) -> usize {
+    (((random.next() + 1.0) / 2.0 * count as f32) as usize).min(count - 1)
 }
 
 fn matrix(device: &Device, dtype: DType, rows: usize, cols: usize, random: &mut Random) -> (Matrix, Vec<f64>) {
@@ -197,7 +169,7 @@ fn products_by_expert() {
             let parts = if gated { 2 } else { 1 };
             let (weight, values) = matrix(&device, dtype, experts * outputs * parts, cols, &mut random);
             let pairs = rows * per_token;
-            let ids: Vec<u32> = (0..pairs).map(|_| random.below(experts) as u32).collect();
+            let ids: Vec<u32> = (0..pairs).map(|_| below(&mut random, experts) as u32).collect();
             let memory = ExpertOrder::new(&device, pairs as u32 + 5).unwrap();
             for share in [per_token, 1] {
                 let x = random.vec(pairs / share * cols);

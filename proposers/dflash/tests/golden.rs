@@ -7,69 +7,12 @@ use std::{path::PathBuf, sync::Arc};
 
 use half::{bf16, f16};
 use polyattn_api::{
-    Buffer, BufferSlice, Commands, CommittedRows, DType, Device, DraftAttention, DraftSequence, Drafter, EngineConfig,
-    LoadContext, Outcome, Phase, Proposal, ProposeContext, Proposer, ProposerError, Registry, Role, TargetFacts,
-    TargetServices, default_draft_config, resolve,
+    Buffer, CommittedRows, DType, Device, DraftAttention, DraftSequence, Drafter, EngineConfig, LoadContext, Outcome,
+    Phase, Proposal, ProposeContext, Proposer, Registry, Role, TargetFacts, default_draft_config, resolve,
 };
-use polyattn_device::DeviceChoice;
 use polyattn_dflash::{DFlash, DFlashDrafter};
-use polyattn_nn::ops::{self, LinearCall, Matrix};
-use safetensors::SafeTensors;
+use polyattn_nn::drafting::golden::{Embedding, Golden, PAGES, assert_close, devices};
 use {polyattn_cpu as _, polyattn_flash as _};
-
-/// Pages of 4 tokens in no order, so that a page table that is ignored is noticed.
-const PAGES: [i32; 8] = [5, 2, 7, 0, 6, 1, 4, 3];
-
-/// A target that is nothing but its embedding, which is its head too.
-#[derive(Debug)]
-struct Embedding {
-    table: Matrix,
-    logits: Buffer,
-}
-
-impl TargetServices for Embedding {
-    fn embed(
-        &self,
-        commands: &mut Commands,
-        ids: BufferSlice<'_>,
-        rows: u32,
-        out: BufferSlice<'_>,
-    ) -> Result<(), ProposerError> {
-        ops::embed(commands, &self.table, ids, rows, out).unwrap();
-        Ok(())
-    }
-
-    fn head_argmax(
-        &self,
-        commands: &mut Commands,
-        hidden: BufferSlice<'_>,
-        rows: u32,
-        first: u32,
-        ids: BufferSlice<'_>,
-    ) -> Result<(), ProposerError> {
-        let out = self.logits.whole();
-        let call = LinearCall { x: hidden, rows, weight: &self.table, norm: None, bias: None, out, accumulate: false };
-        ops::linear(commands, &call).unwrap();
-        ops::argmax(commands, self.logits.whole(), first..rows, self.table.rows, ids).unwrap();
-        Ok(())
-    }
-}
-
-struct Golden(Vec<u8>);
-
-impl Golden {
-    fn floats(&self, name: &str) -> Vec<f32> {
-        bytemuck::pod_collect_to_vec(SafeTensors::deserialize(&self.0).unwrap().tensor(name).unwrap().data())
-    }
-
-    fn ids(&self, name: &str) -> Vec<u32> {
-        bytemuck::pod_collect_to_vec(SafeTensors::deserialize(&self.0).unwrap().tensor(name).unwrap().data())
-    }
-
-    fn shape(&self, name: &str) -> Vec<usize> {
-        SafeTensors::deserialize(&self.0).unwrap().tensor(name).unwrap().shape().to_vec()
-    }
-}
 
 /// What a cache holds.
 fn floats_of(device: &Device, cache: &Buffer, dtype: DType) -> Vec<f32> {
@@ -82,20 +25,8 @@ fn floats_of(device: &Device, cache: &Buffer, dtype: DType) -> Vec<f32> {
     }
 }
 
-fn assert_close(got: &[f32], want: &[f32], tolerance: f32, what: &str) {
-    assert!(got.len() >= want.len(), "{what}: {} elements instead of {}", got.len(), want.len());
-    for (place, (got, want)) in got.iter().zip(want).enumerate() {
-        assert!((got - want).abs() <= tolerance * (1.0 + want.abs()), "{what}[{place}] is {got}, not {want}");
-    }
-}
-
 fn check(case: &str, target_layers: u32, tolerance: f32) {
-    let mut devices = vec![Device::cpu()];
-    match Device::open(&DeviceChoice::Gpu) {
-        Ok(gpu) => devices.push(gpu),
-        Err(error) => eprintln!("skipped on a GPU: {error}"),
-    }
-    for device in devices {
+    for device in devices() {
         check_on(&device, case, target_layers, tolerance);
     }
 }
@@ -103,7 +34,7 @@ fn check(case: &str, target_layers: u32, tolerance: f32) {
 fn check_on(device: &Device, case: &str, target_layers: u32, tolerance: f32) {
     let what = format!("{case} on {}", device.facts().name);
     let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/dflash").join(case);
-    let golden = Golden(std::fs::read(folder.join("golden.safetensors")).unwrap());
+    let golden = Golden::open(&folder);
     let shape = golden.shape("embed");
     let (vocab, hidden) = (shape[0] as u32, shape[1] as u32);
     let target = TargetFacts::new(target_layers, hidden, vocab, 512);
@@ -141,20 +72,12 @@ fn check_on(device: &Device, case: &str, target_layers: u32, tolerance: f32) {
     let (kv_heads, head_dim) = (drafter.config().kv_heads as usize, drafter.config().head_dim as usize);
     let layers = drafter.config().layers.len();
 
-    let lender = Embedding {
-        table: Matrix {
-            buffer: device.upload(&golden.floats("embed"), "embedding").unwrap(),
-            rows: vocab,
-            cols: hidden,
-            dtype: DType::F32,
-        },
-        logits: device.alloc(u64::from(vocab * block) * 4, "logits").unwrap(),
-    };
+    let lender = Embedding::of(&golden, device, block);
     for step in ["step1", "step2"] {
         let name = |tensor: &str| format!("{step}.{tensor}");
-        let features = golden.floats(&name("features"));
+        let features = golden.of::<f32>(&name("features"));
         let rows = golden.shape(&name("features"))[0];
-        let first = golden.ids(&name("first"))[0];
+        let first = golden.of::<u32>(&name("first"))[0];
         let position = first + rows as u32;
         // The rows lie behind others, as rows of a batch do.
         let pad = if step == "step2" { features.len() / rows } else { 0 };
@@ -162,7 +85,7 @@ fn check_on(device: &Device, case: &str, target_layers: u32, tolerance: f32) {
         let first_row = u32::from(pad > 0);
         let mut commands = device.commands().unwrap();
         let mut tokens = vec![0; position as usize];
-        tokens.push(golden.ids(&name("anchor"))[0]);
+        tokens.push(golden.of::<u32>(&name("anchor"))[0]);
         let places: Vec<u32> = (first_row..first_row + rows as u32).collect();
         let committed = [CommittedRows::new(0, &places, first, &tokens, &PAGES)];
         drafter.commit(&mut Outcome::new(&mut commands, &committed, Some(&taps), &lender)).unwrap();
@@ -178,7 +101,7 @@ fn check_on(device: &Device, case: &str, target_layers: u32, tolerance: f32) {
                     })
                     .flat_map(|place| cache[place..][..head_dim].to_vec())
                     .collect();
-                let want = golden.floats(&name(&format!("{part}.{layer}")));
+                let want = golden.of::<f32>(&name(&format!("{part}.{layer}")));
                 assert_close(&got, &want, tolerance, &format!("{what}: {step} {part}.{layer}"));
             }
         }
@@ -190,13 +113,13 @@ fn check_on(device: &Device, case: &str, target_layers: u32, tolerance: f32) {
         let Proposal::Device { ids, counts, .. } = proposal else { panic!("not on the device") };
         assert_eq!(counts, [block - 1]);
         let normed: Vec<f32> = device.download(drafter.stages().normed).unwrap();
-        assert_close(&normed, &golden.floats(&name("hidden")), tolerance, &format!("{what}: {step} hidden"));
+        assert_close(&normed, &golden.of::<f32>(&name("hidden")), tolerance, &format!("{what}: {step} hidden"));
         let logits: Vec<f32> = device.download(&lender.logits).unwrap();
-        let want = golden.floats(&name("logits"));
+        let want = golden.of::<f32>(&name("logits"));
         assert_close(&logits, &want, tolerance, &format!("{what}: {step} logits"));
         let ids: Vec<u32> = device.download(&ids).unwrap();
         assert_eq!(ids[0], tokens[position as usize], "{what}: the anchor stays in front");
-        for (row, (got, wanted)) in ids[1..].iter().zip(golden.ids(&name("drafts"))).enumerate() {
+        for (row, (got, wanted)) in ids[1..].iter().zip(golden.of::<u32>(&name("drafts"))).enumerate() {
             let logits = &want[(row + 1) * vocab as usize..][..vocab as usize];
             let gap = logits[wanted as usize] - logits[*got as usize];
             assert!(gap.abs() <= 2.0 * tolerance * 10.0, "{what}: {step} drafts {got} for {wanted}, {gap} apart");

@@ -13,7 +13,7 @@ use polyattn_device::{Buffer, BufferSlice, Commands, DType, Device, DeviceChoice
 use crate::ops::{self, LinearCall, Matrix};
 
 /// Pages of 4 tokens in no order, so that a page table that is ignored is noticed.
-const PAGES: [i32; 8] = [5, 2, 7, 0, 6, 1, 4, 3];
+pub const PAGES: [i32; 8] = [5, 2, 7, 0, 6, 1, 4, 3];
 
 /// What a test says of a case.
 #[derive(Debug)]
@@ -34,9 +34,27 @@ pub struct GoldenCase<'a, D> {
 
 /// A target that is nothing but its embedding, which is its head too.
 #[derive(Debug)]
-struct Embedding {
+pub struct Embedding {
     table: Matrix,
-    logits: Buffer,
+    /// Logits of the rows asked for last, `[rows, vocab]` f32.
+    pub logits: Buffer,
+}
+
+impl Embedding {
+    /// The golden tensor `embed`, `[vocab, hidden]`, and room for the logits of `rows` rows.
+    #[must_use]
+    pub fn of(golden: &Golden, device: &Device, rows: u32) -> Self {
+        let [vocab, hidden] = *golden.shape("embed") else { panic!("embed is no matrix") };
+        Self {
+            table: Matrix {
+                buffer: device.upload(&golden.of::<f32>("embed"), "embedding").unwrap(),
+                rows: vocab as u32,
+                cols: hidden as u32,
+                dtype: DType::F32,
+            },
+            logits: device.alloc(vocab as u64 * u64::from(rows) * 4, "logits").unwrap(),
+        }
+    }
 }
 
 impl TargetServices for Embedding {
@@ -65,14 +83,26 @@ impl TargetServices for Embedding {
     }
 }
 
-struct Golden(Vec<u8>);
+/// The tensors of a case.
+#[derive(Debug)]
+pub struct Golden(Vec<u8>);
 
 impl Golden {
-    fn of<T: bytemuck::Pod>(&self, name: &str) -> Vec<T> {
+    /// `golden.safetensors` of a folder.
+    #[must_use]
+    pub fn open(folder: &Path) -> Self {
+        Self(std::fs::read(folder.join("golden.safetensors")).unwrap())
+    }
+
+    /// A tensor's elements.
+    #[must_use]
+    pub fn of<T: bytemuck::Pod>(&self, name: &str) -> Vec<T> {
         bytemuck::pod_collect_to_vec(SafeTensors::deserialize(&self.0).unwrap().tensor(name).unwrap().data())
     }
 
-    fn shape(&self, name: &str) -> Vec<usize> {
+    /// A tensor's shape.
+    #[must_use]
+    pub fn shape(&self, name: &str) -> Vec<usize> {
         SafeTensors::deserialize(&self.0).unwrap().tensor(name).unwrap().shape().to_vec()
     }
 
@@ -81,29 +111,34 @@ impl Golden {
     }
 }
 
-fn assert_close(got: &[f32], want: &[f32], tolerance: f32, what: &str) {
+/// Asserts that elements agree within `tolerance`, relative to 1 + their magnitude.
+pub fn assert_close(got: &[f32], want: &[f32], tolerance: f32, what: &str) {
     assert!(got.len() >= want.len(), "{what}: {} elements instead of {}", got.len(), want.len());
     for (place, (got, want)) in got.iter().zip(want).enumerate() {
         assert!((got - want).abs() <= tolerance * (1.0 + want.abs()), "{what}[{place}] is {got}, not {want}");
     }
 }
 
+/// The CPU, and a GPU where there is one; says so where there is none.
+#[must_use]
+pub fn devices() -> Vec<Device> {
+    let mut devices = vec![Device::cpu()];
+    match Device::open(&DeviceChoice::Gpu) {
+        Ok(gpu) => devices.push(gpu),
+        Err(error) => eprintln!("skipped on a GPU: {error}"),
+    }
+    devices
+}
+
 impl<D: Drafter> GoldenCase<'_, D> {
     /// Checks every pass of both steps on the CPU, and on a GPU where there is one.
     pub fn check(&self) {
-        let mut devices = vec![Device::cpu()];
-        match Device::open(&DeviceChoice::Gpu) {
-            Ok(gpu) => devices.push(gpu),
-            Err(error) => eprintln!("skipped on a GPU: {error}"),
-        }
-        for device in devices {
-            self.check_on(&device);
-        }
+        devices().iter().for_each(|device| self.check_on(device));
     }
 
     fn check_on(&self, device: &Device) {
         let what = format!("{} on {}", self.folder.display(), device.facts().name);
-        let golden = Golden(std::fs::read(self.folder.join("golden.safetensors")).unwrap());
+        let golden = Golden::open(self.folder);
         let [vocab, hidden] = *golden.shape("embed") else { panic!("{what}: embed is no matrix") };
         let target = TargetFacts::new(self.layers, hidden as u32, vocab as u32, 512);
 
@@ -135,15 +170,7 @@ impl<D: Drafter> GoldenCase<'_, D> {
         context.max_rows = 16;
         let mut drafter = (self.load)(&context).unwrap();
 
-        let lender = Embedding {
-            table: Matrix {
-                buffer: device.upload(&golden.of::<f32>("embed"), "embedding").unwrap(),
-                rows: vocab as u32,
-                cols: hidden as u32,
-                dtype: DType::F32,
-            },
-            logits: device.alloc(vocab as u64 * 4, "logits").unwrap(),
-        };
+        let lender = Embedding::of(&golden, device, 1);
         let (features, tokens) = (golden.of::<f32>("features"), golden.of::<u32>("tokens"));
         let [positions, width] = *golden.shape("features") else { panic!("{what}: features are no matrix") };
         // The second step's rows lie apart, as those of a tree do.
