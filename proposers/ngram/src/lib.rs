@@ -111,13 +111,7 @@ impl Settings {
         let mut draft: &[u32] = &[];
         // An occurrence that ends before `end`; the suffix itself ends with the text.
         for end in (1..tokens.len()).rev() {
-            let length = tokens[..end]
-                .iter()
-                .rev()
-                .zip(tokens.iter().rev())
-                .take(self.max_match)
-                .take_while(|(a, b)| a == b)
-                .count();
+            let length = self.matched(tokens, end);
             if length > longest {
                 longest = length;
                 draft = &tokens[end..tokens.len().min(end + most)];
@@ -129,6 +123,12 @@ impl Settings {
         draft
     }
 
+    /// How many of the last tokens stand before `end` too, up to the longest match.
+    fn matched(self, tokens: &[u32], end: usize) -> usize {
+        let before = tokens[..end].iter().rev().zip(tokens.iter().rev());
+        before.take(self.max_match).take_while(|(a, b)| a == b).count()
+    }
+
     /// The tree of what stood behind every earlier occurrence of the longest matching suffix, `most` tokens each: the most
     /// recent occurrence first, until the tree has `nodes` nodes. Its first path is the [`draft`](Self::draft).
     #[must_use]
@@ -138,13 +138,7 @@ impl Settings {
         // Ends of the occurrences, the most recent first.
         let mut ends: Vec<usize> = Vec::new();
         for end in (1..tokens.len()).rev() {
-            let length = tokens[..end]
-                .iter()
-                .rev()
-                .zip(tokens.iter().rev())
-                .take(self.max_match)
-                .take_while(|(a, b)| a == b)
-                .count();
+            let length = self.matched(tokens, end);
             if length < self.min_match.max(longest) {
                 continue;
             }
