@@ -1,7 +1,10 @@
 use std::path::{Path, PathBuf};
 
 use polyattn_api::{DType, LayerConfig, ModelConfig, ProposerError, TargetFacts, WindowConfig};
-use polyattn_nn::load::RopeConfig;
+use polyattn_nn::{
+    drafting::{DraftConfigFile, fits},
+    load::RopeConfig,
+};
 use serde::Deserialize;
 
 /// The file of a checkpoint that says what it is.
@@ -118,66 +121,31 @@ impl DFlashConfig {
     /// A file that is missing or is no DFlash configuration, or one of a variant that is not supported: the message
     /// names file, field and value.
     pub fn open(checkpoint: &Path) -> Result<Self, ProposerError> {
-        let is_part = |file: &Path| {
-            file.file_name().is_some_and(|name| name == CONFIG) || file.extension().is_some_and(|e| e == "safetensors")
-        };
-        let folder = match checkpoint.parent() {
-            _ if checkpoint.is_dir() => checkpoint,
-            Some(folder) if is_part(checkpoint) => folder,
-            _ => {
-                return Err(ProposerError::Checkpoint(format!(
-                    "{}: this is no DFlash checkpoint: a folder with {CONFIG} and *.safetensors, or one of these files",
-                    checkpoint.display()
-                )));
-            }
-        };
-        let file = folder.join(CONFIG);
-        let text = std::fs::read_to_string(&file)
-            .map_err(|error| ProposerError::Checkpoint(format!("{}: cannot read it: {error}", file.display())))?;
-        Self::parse(&file, &text).map_err(ProposerError::Checkpoint)
+        Self::checked(DraftConfigFile::open(checkpoint, "DFlash")?)
     }
 
-    fn parse(file: &Path, text: &str) -> Result<Self, String> {
-        let fault = |message: String| format!("{}: {message}", file.display());
-        // serde would take an array for the fields in order.
-        if text.trim_start().starts_with('[') {
-            return Err(fault("it is no JSON object".into()));
-        }
-        let mut source = serde_json::Deserializer::from_str(text);
-        let raw: Raw =
-            serde_path_to_error::deserialize(&mut source).map_err(|error| match error.path().to_string() {
-                path if path == "." => fault(error.into_inner().to_string()),
-                path => fault(format!("{path}: {}", error.into_inner())),
-            })?;
-        source.end().map_err(|error| fault(error.to_string()))?;
-        let head_dim = raw.head_dim.unwrap_or(raw.hidden_size / raw.num_attention_heads.max(1));
-        let rope = RopeConfig::from_hf_json(file, text, head_dim).map_err(|error| error.to_string())?;
-        Self::check_fields(file.parent().unwrap_or(file), raw, rope)
-            .map_err(|message| format!("{}: {message}", file.display()))
-    }
-
-    fn check_fields(folder: &Path, raw: Raw, rope: RopeConfig) -> Result<Self, String> {
-        let positive = |field: &str, value: u32, most: u32| match value {
-            0 => Err(format!("{field} is 0")),
-            value if value > most => Err(format!("{field} is {value}, at most {most}")),
-            value => Ok(value),
-        };
+    fn checked(file: DraftConfigFile<Raw>) -> Result<Self, ProposerError> {
+        let raw = &file.fields;
+        let fault = |message: String| Err(file.fault(message));
         if raw.block_size < 2 {
-            return Err(format!("block_size is {}, a block is the anchor and at least one mask", raw.block_size));
+            return fault(format!("block_size is {}, a block is the anchor and at least one mask", raw.block_size));
         }
-        let query_heads = positive("num_attention_heads", raw.num_attention_heads, 1 << 12)?;
-        let kv_heads = positive("num_key_value_heads", raw.num_key_value_heads.unwrap_or(query_heads), query_heads)?;
+        let query_heads = file.bounded("num_attention_heads", raw.num_attention_heads, 1 << 12)?;
+        let kv_heads =
+            file.bounded("num_key_value_heads", raw.num_key_value_heads.unwrap_or(query_heads), query_heads)?;
         if !query_heads.is_multiple_of(kv_heads) {
-            return Err(format!("num_key_value_heads {kv_heads} does not divide num_attention_heads {query_heads}"));
+            return fault(format!("num_key_value_heads {kv_heads} does not divide num_attention_heads {query_heads}"));
         }
-        let hidden_size = positive("hidden_size", raw.hidden_size, 1 << 20)?;
-        let head_dim = positive("head_dim", raw.head_dim.unwrap_or(hidden_size / query_heads), 1 << 14)?;
+        let hidden_size = file.bounded("hidden_size", raw.hidden_size, 1 << 20)?;
+        let head_dim = file.bounded("head_dim", raw.head_dim.unwrap_or(hidden_size / query_heads), 1 << 14)?;
         if !head_dim.is_multiple_of(2) {
-            return Err(format!("head_dim is {head_dim}, RoPE needs an even number"));
+            return fault(format!("head_dim is {head_dim}, RoPE needs an even number"));
         }
-        let layer_count = positive("num_hidden_layers", raw.num_hidden_layers, 1 << 10)?;
+        let rope = RopeConfig::from_hf_json(&file.file, &file.text, head_dim)
+            .map_err(|error| ProposerError::Checkpoint(error.to_string()))?;
+        let layer_count = file.bounded("num_hidden_layers", raw.num_hidden_layers, 1 << 10)?;
         if !(raw.rms_norm_eps.is_finite() && raw.rms_norm_eps >= 0.0) {
-            return Err(format!("rms_norm_eps is {}", raw.rms_norm_eps));
+            return fault(format!("rms_norm_eps is {}", raw.rms_norm_eps));
         }
         let unsupported = [
             (raw.sample_from_anchor, "sample_from_anchor"),
@@ -185,26 +153,30 @@ impl DFlashConfig {
             (raw.input_embedding_scale.is_some_and(|scale| scale != 1.0), "input_embedding_scale"),
             (raw.output_multiplier.is_some_and(|factor| factor <= 0.0), "an output_multiplier that is not positive"),
             (raw.draft_vocab_size.is_some_and(|size| Some(size) != raw.vocab_size), "draft_vocab_size"),
-            (raw.hidden_act.is_some_and(|name| name != "silu"), "a hidden_act other than silu"),
+            (raw.hidden_act.as_deref().is_some_and(|name| name != "silu"), "a hidden_act other than silu"),
         ];
         if let Some((_, what)) = unsupported.iter().find(|(found, _)| *found) {
-            return Err(format!("checkpoints with {what} are not supported"));
+            return fault(format!("checkpoints with {what} are not supported"));
         }
         let mask_token = raw
             .dflash_config
             .mask_token_id
             .or(raw.mask_token_id)
-            .ok_or("neither dflash_config.mask_token_id nor mask_token_id is there")?;
-        let target_layers = match (raw.dflash_config.target_layer_ids, raw.num_target_layers) {
-            (Some(layers), _) if layers.is_empty() => return Err("dflash_config.target_layer_ids is empty".into()),
-            (Some(layers), _) => layers,
+            .ok_or_else(|| file.fault("neither dflash_config.mask_token_id nor mask_token_id is there"))?;
+        let target_layers = match (&raw.dflash_config.target_layer_ids, raw.num_target_layers) {
+            (Some(layers), _) if layers.is_empty() => {
+                return fault("dflash_config.target_layer_ids is empty".into());
+            }
+            (Some(layers), _) => layers.clone(),
             (None, Some(layers)) => default_taps(layers, layer_count),
-            (None, None) => return Err("neither dflash_config.target_layer_ids nor num_target_layers is there".into()),
+            (None, None) => {
+                return fault("neither dflash_config.target_layer_ids nor num_target_layers is there".into());
+            }
         };
         if let Some(types) = &raw.layer_types
             && types.len() != layer_count as usize
         {
-            return Err(format!("layer_types has {} entries, num_hidden_layers is {layer_count}", types.len()));
+            return fault(format!("layer_types has {} entries, num_hidden_layers is {layer_count}", types.len()));
         }
         let forced = raw.is_causal.or(raw.dflash_config.causal);
         let window = raw.dflash_config.swa_window_size.or(raw.sliding_window);
@@ -214,25 +186,25 @@ impl DFlashConfig {
                 Some(types) => match types[layer].as_str() {
                     "sliding_attention" => true,
                     "full_attention" => false,
-                    other => return Err(format!("layer_types[{layer}] is '{other}'")),
+                    other => return fault(format!("layer_types[{layer}] is '{other}'")),
                 },
                 None => raw.use_sliding_window || raw.dflash_config.use_swa,
             };
             let window = match (sliding, window) {
                 (false, _) => None,
                 (true, Some(keys)) if keys > 0 => Some(keys),
-                (true, _) => return Err(format!("layer {layer} slides, but sliding_window is missing or 0")),
+                (true, _) => return fault(format!("layer {layer} slides, but sliding_window is missing or 0")),
             };
             let causal = forced.unwrap_or(sliding && !raw.sliding_window_non_causal);
             layers.push(DraftLayer { causal, window });
         }
         Ok(Self {
-            folder: folder.to_owned(),
-            block_size: positive("block_size", raw.block_size, 1 << 10)?,
+            folder: file.folder.clone(),
+            block_size: file.bounded("block_size", raw.block_size, 1 << 10)?,
             target_layers,
             mask_token,
             hidden_size,
-            intermediate_size: positive("intermediate_size", raw.intermediate_size, 1 << 22)?,
+            intermediate_size: file.bounded("intermediate_size", raw.intermediate_size, 1 << 22)?,
             query_heads,
             kv_heads,
             head_dim,
@@ -256,22 +228,12 @@ impl DFlashConfig {
     pub fn check(&self, target: &TargetFacts) -> Result<(), ProposerError> {
         let file = self.folder.join(CONFIG);
         let fail = |message: String| Err(ProposerError::Mismatch(format!("{}: {message}", file.display())));
-        if let Some(layers) = self.num_target_layers
-            && layers != target.layers
-        {
-            return fail(format!("num_target_layers is {layers}, the target has {} layers", target.layers));
-        }
+        fits(&file, "num_target_layers", self.num_target_layers, target.layers)?;
         if let Some(tap) = self.target_layers.iter().find(|tap| **tap >= target.layers) {
             return fail(format!("target_layer_ids names layer {tap}, the target has {} layers", target.layers));
         }
-        if self.hidden_size != target.hidden_size {
-            return fail(format!("hidden_size is {}, the target's is {}", self.hidden_size, target.hidden_size));
-        }
-        if let Some(vocab) = self.vocab_size
-            && vocab != target.vocab_size
-        {
-            return fail(format!("vocab_size is {vocab}, the target's is {}", target.vocab_size));
-        }
+        fits(&file, "hidden_size", Some(self.hidden_size), target.hidden_size)?;
+        fits(&file, "vocab_size", self.vocab_size, target.vocab_size)?;
         if self.mask_token >= target.vocab_size {
             return fail(format!(
                 "mask_token_id is {}, the target's vocabulary ends at {}",
@@ -318,9 +280,8 @@ fn default_taps(target_layers: u32, taps: u32) -> Vec<u32> {
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
-
     use polyattn_api::TargetFacts;
+    use polyattn_nn::drafting::DraftConfigFile;
 
     use super::{DFlashConfig, DraftLayer, default_taps};
 
@@ -329,7 +290,8 @@ mod tests {
         "num_hidden_layers": 2, "num_target_layers": 6, "rms_norm_eps": 1e-6, "vocab_size": 101 EXTRA}"#;
 
     fn parse(extra: &str) -> Result<DFlashConfig, String> {
-        DFlashConfig::parse(Path::new("drafter/config.json"), &BASE.replace("EXTRA", extra))
+        let file = DraftConfigFile::parse("drafter/config.json".into(), BASE.replace("EXTRA", extra));
+        file.and_then(DFlashConfig::checked).map_err(|error| error.to_string())
     }
 
     #[test]
@@ -362,7 +324,7 @@ mod tests {
         let target = TargetFacts::new(6, 48, 101, 512);
         config.check(&target).unwrap();
         let cases = [
-            (TargetFacts::new(5, 48, 101, 512), "num_target_layers is 6, the target has 5 layers"),
+            (TargetFacts::new(5, 48, 101, 512), "num_target_layers is 6, the target's is 5"),
             (TargetFacts::new(6, 64, 101, 512), "hidden_size is 48, the target's is 64"),
             (TargetFacts::new(6, 48, 100, 512), "vocab_size is 101, the target's is 100"),
             (TargetFacts::new(6, 48, 101, 4), "block_size is 8"),
