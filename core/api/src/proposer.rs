@@ -8,8 +8,8 @@ use polyattn_device::{Buffer, BufferSlice, Commands, Device, DeviceError};
 use serde::{Serialize, de::DeserializeOwned};
 
 use crate::{
-    AttentionKernel, BackendError, Draft, EngineConfig, KvDType, Marginals, ModelConfig, Purpose, Sampling, TreeWish,
-    default_draft_config,
+    AttentionKernel, BackendError, Draft, EngineConfig, KvDType, Marginals, ModelConfig, Purpose, ResolvedMoe,
+    Sampling, TreeWish, default_draft_config,
 };
 
 /// What a drafting method needs, known before any model is loaded.
@@ -322,6 +322,9 @@ pub struct LoadContext<'a> {
     pub config: &'a EngineConfig,
     /// A kernel for each layer kind that the proposer described.
     pub attention: &'a [DraftAttention],
+    /// Who serves the experts of the model that the proposer described, where it has some; the drafter prepares the
+    /// kernel, for it knows the rows of its passes.
+    pub moe: Option<&'a ResolvedMoe>,
     /// Tokens to draft a step, where the user asked for a number.
     pub num_speculative_tokens: Option<u32>,
     /// Pages of the cache pool. A draft cache has as many, and shares the target's page tables.
@@ -350,6 +353,7 @@ impl<'a> LoadContext<'a> {
             checkpoint: None,
             config,
             attention: &[],
+            moe: None,
             num_speculative_tokens: None,
             pool_pages: 0,
             page_size: 16,

@@ -282,6 +282,7 @@ impl Engine {
                 let mut load = LoadContext::new(device, &facts, draft_config);
                 load.checkpoint = checkpoint;
                 load.attention = &attention;
+                load.moe = resolution.moe_of(Role::Draft).next();
                 load.num_speculative_tokens = speculative.num_speculative_tokens;
                 load.pool_pages = pool_pages;
                 load.page_size = options.page_size;

@@ -70,15 +70,6 @@ pub(crate) struct RunnerSizes {
     pub(crate) page_size: u32,
 }
 
-/// Bytes of a token in one tensor of a layer's cache: its keys, its values, or the latent row that is both.
-fn slot_bytes(config: &DecoderConfig, dtype: DType) -> u64 {
-    let elements = match &config.latent {
-        None => u64::from(config.kv_heads) * u64::from(config.head_dim),
-        Some(latent) => u64::from(latent.cache_dim()),
-    };
-    elements * dtype.bytes()
-}
-
 /// That each tensor of the cache fits one binding of the device, for kernels bind it whole.
 ///
 /// # Errors
@@ -90,7 +81,7 @@ pub(crate) fn check_cache(
     page_size: u32,
     dtype: DType,
 ) -> Result<(), EngineError> {
-    let (slot, tokens) = (slot_bytes(config, dtype), u64::from(pages) * u64::from(page_size));
+    let (slot, tokens) = (config.slot_bytes(dtype.into()), u64::from(pages) * u64::from(page_size));
     let (bytes, allowed) = (tokens.saturating_mul(slot), device.limits.binding_bytes.min(device.limits.buffer_bytes));
     if bytes <= allowed {
         return Ok(());
@@ -141,21 +132,7 @@ impl Runner {
     ) -> Result<Self, EngineError> {
         let config = decoder.config();
         let slots = u64::from(sizes.pool_pages) * u64::from(sizes.page_size);
-        let bytes = slots * slot_bytes(config, dtype);
-        let cache = (0..config.layers)
-            .map(|layer| {
-                Ok(match &config.latent {
-                    None => {
-                        let keys = device.alloc(bytes, &format!("key cache {layer}"))?;
-                        (keys, device.alloc(bytes, &format!("value cache {layer}"))?)
-                    }
-                    Some(_) => {
-                        let rows = device.alloc(bytes, &format!("latent cache {layer}"))?;
-                        (rows.clone(), rows)
-                    }
-                })
-            })
-            .collect::<Result<_, EngineError>>()?;
+        let cache = decoder.cache(device, slots, dtype.into(), "target")?;
         let hidden = u64::from(config.hidden_size) * 4;
         let words = |count: u32| u64::from(count) * 4;
         let tapped = if taps.is_empty() {

@@ -1,5 +1,6 @@
 //! A decoder: embedding, layers, final norm and output head.
 
+use polyattn_api::KvDType;
 use polyattn_device::{Buffer, BufferSlice, Commands, DType, Device};
 
 use crate::{
@@ -87,6 +88,33 @@ impl Decoder {
     #[must_use]
     pub fn weight_bytes(&self) -> u64 {
         self.weight_bytes
+    }
+
+    /// Allocates keys and values of each layer for `slots` tokens, one buffer twice where they share it (latent
+    /// attention); `whose` tells them apart from another decoder's in messages.
+    ///
+    /// # Errors
+    /// No memory.
+    pub fn cache(
+        &self,
+        device: &Device,
+        slots: u64,
+        kv_dtype: KvDType,
+        whose: &str,
+    ) -> Result<Vec<(Buffer, Buffer)>, NnError> {
+        let bytes = slots * self.config.slot_bytes(kv_dtype);
+        let tensor = |what: &str, layer: u32| device.alloc(bytes, &format!("{whose} {what} cache {layer}"));
+        (0..self.config.layers)
+            .map(|layer| {
+                Ok(match &self.config.latent {
+                    None => (tensor("key", layer)?, tensor("value", layer)?),
+                    Some(_) => {
+                        let rows = tensor("latent", layer)?;
+                        (rows.clone(), rows)
+                    }
+                })
+            })
+            .collect()
     }
 
     /// Scratch for passes of up to `rows` rows, whose queries attention takes as `q_dtype`.

@@ -77,12 +77,12 @@ impl ModelDrafter {
             Some(tokens) => tokens,
             None => MAX_TOKENS,
         };
-        Self::build(context, source, max_tokens).map_err(from_nn)
+        Ok(Self::build(context, source, max_tokens)?)
     }
 
     fn build(context: &LoadContext<'_>, source: &ModelSource, max_tokens: u32) -> Result<Self, NnError> {
         let device = context.device;
-        let (layers, places) = source.config.attention_layers();
+        let (layers, places) = source.attention_layers()?;
         let kernel = |layer: &polyattn_api::LayerConfig| {
             let found = context.attention.iter().find(|attention| *attention.layer == *layer.name);
             let kernel = found.map(|attention| Arc::clone(&attention.kernel));
@@ -92,11 +92,7 @@ impl ModelDrafter {
         let slots = context.pool_pages * context.page_size;
         let decoder = Decoder::load(source, device, slots, &mut |_| {})?;
         let config = decoder.config();
-        let row = u64::from(config.kv_heads) * u64::from(config.head_dim) * context.kv_dtype.bytes();
-        let cache = |what: &str, layer| device.alloc(u64::from(slots) * row, &format!("draft {what} cache {layer}"));
-        let cache = (0..config.layers)
-            .map(|layer| Ok((cache("key", layer)?, cache("value", layer)?)))
-            .collect::<Result<Vec<_>, NnError>>()?;
+        let cache = decoder.cache(device, u64::from(slots), context.kv_dtype, "draft")?;
         // Beside the rows of a pass of the target's, each sequence may have a page of tokens that waits to be run.
         let rows = context.max_rows + context.max_sequences * context.page_size;
         let words = |count: u32| u64::from(count) * 4;
@@ -106,6 +102,11 @@ impl ModelDrafter {
             let ids = device.alloc(words(rows), "draft ids")?;
             Ok(Feed { ids, positions: device.alloc(words(rows), "draft positions")? })
         };
+        let mut scratch = decoder.scratch(device, rows, context.config.model.dtype)?;
+        if let Some(moe) = context.moe {
+            let kernel = moe.backend.prepare(device, &moe.problem, rows)?;
+            scratch.layer.serve_experts(device, config, kernel, rows)?;
+        }
         let chains = Chains::new(device, sequences, max_tokens)?;
         let memory = Memory {
             rows,
@@ -115,7 +116,7 @@ impl ModelDrafter {
             chain_positions: device.alloc(words(chains.stride()) * u64::from(max_tokens), "draft chain positions")?,
             last_hidden: device.alloc(hidden, "draft last hidden states")?,
             logits: device.alloc(words(sequences) * u64::from(config.vocab_size), "draft logits")?,
-            scratch: decoder.scratch(device, rows, context.config.model.dtype)?,
+            scratch,
         };
         Ok(Self {
             taps: TapSpec::default(),
@@ -284,23 +285,14 @@ impl Drafter for ModelDrafter {
     }
 
     fn propose(&mut self, context: &mut ProposeContext<'_>) -> Result<Proposal, ProposerError> {
-        self.draft(context).map_err(from_nn)
+        Ok(self.draft(context)?)
     }
 
     fn commit(&mut self, outcome: &mut Outcome<'_>) -> Result<(), ProposerError> {
-        self.catch_up(outcome).map_err(from_nn)
+        Ok(self.catch_up(outcome)?)
     }
 
     fn forget(&mut self, sequence: u64) {
         self.seen.remove(&sequence);
-    }
-}
-
-fn from_nn(error: NnError) -> ProposerError {
-    match error {
-        NnError::Backend(error) => error.into(),
-        NnError::Device(error) => error.into(),
-        NnError::Shape(message) => ProposerError::Mismatch(message),
-        other => ProposerError::Checkpoint(other.to_string()),
     }
 }

@@ -1,6 +1,7 @@
 //! A smaller model drafts token by token, each from its own last one.
 //!
-//! Any model that `polyattn-nn` loads will do, a GGUF file or a Hugging Face folder, as long as its tokenizer is the
+//! Any model that `polyattn-nn` loads will do, latent attention and mixtures of experts included, a GGUF file or a
+//! Hugging Face folder, as long as its tokenizer is the
 //! target's: every id must stand for the same text, which is checked. The model keeps keys and values of its own at the
 //! target's positions, on the target's page tables, and runs its attention on the backend that was selected for the
 //! draft. A step's first pass runs the committed tokens that it has not seen; the others one drafted token each, fed on
@@ -40,7 +41,7 @@ impl Proposer for DraftModel {
 
     fn describe(&self, checkpoint: &Path, target: &TargetFacts) -> Result<Option<ModelConfig>, ProposerError> {
         let source = open(checkpoint, target)?;
-        let (layers, _) = source.config.attention_layers();
+        let (layers, _) = source.attention_layers().map_err(unreadable)?;
         Ok(Some(ModelConfig { dtype: source.activation_dtype().map_err(unreadable)?, layers }))
     }
 
@@ -63,13 +64,6 @@ fn open(path: &Path, target: &TargetFacts) -> Result<ModelSource, ProposerError>
         return Err(ProposerError::Mismatch(format!(
             "{} has a vocabulary of {own} tokens, the target one of {targets}",
             path.display()
-        )));
-    }
-    if let Some(experts) = &source.config.experts {
-        return Err(ProposerError::Unsupported(format!(
-            "{} has mixtures of {} experts, a draft model has none",
-            path.display(),
-            experts.experts
         )));
     }
     Ok(source)

@@ -9,7 +9,7 @@ use polyattn_api::{AttentionKind, AttentionProblem, DType, Policy, Registry, Rol
 use polyattn_device::Device;
 use polyattn_e2e::{Margin, assert_same_up_to_ties, devices, engine, greedy, margins, tests_folder};
 use polyattn_engine::{Engine, EngineOptions, SpeculativeOptions};
-use polyattn_nn::load::{ModelSource, tiny::TinyModel};
+use polyattn_nn::load::{Architecture, ModelSource, tiny::TinyModel};
 use serde_json::Value;
 
 /// A prompt that repeats itself, so that prompt lookup has something to find.
@@ -133,6 +133,52 @@ fn a_drafter_of_another_attention_changes_no_token() {
                     assert!(draft.map_or(method != "dflash", |draft| drafts.contains(&draft)), "{name}: {ran}");
                     let served: Vec<_> = engine.resolution().moe.iter().map(|moe| moe.backend.name()).collect();
                     assert_eq!(served, if experts { vec![*moe] } else { vec![] }, "{name}");
+                }
+            }
+        }
+    }
+}
+
+/// Any model drafts: one of latent attention and experts for itself and for a target of grouped-query attention, with its
+/// own kernels for both.
+#[test]
+fn a_draft_model_with_experts_changes_no_token() {
+    let folder = tempfile::tempdir().unwrap();
+    let draft = folder.path().join("draft");
+    let other = folder.path().join("other");
+    for path in [&draft, &other] {
+        std::fs::create_dir(path).unwrap();
+    }
+    let itself = tiny(true, &draft);
+    TinyModel::new(Architecture::Llama).write_hf_folder(&other).unwrap();
+    let other = ModelSource::open(&other).unwrap();
+    for device in latent_devices() {
+        for (target, name) in [(&itself, "itself"), (&other, "another")] {
+            let vocab = target.config.vocab_size as usize;
+            let mut plain = engine(target, &device, &options(None));
+            let want = greedy(&mut plain, &PROMPT, 40).tokens;
+            let margins = margins(&mut plain, &PROMPT, &want, vocab);
+            for moe in ["dense", "grouped"] {
+                let speculative = SpeculativeOptions {
+                    method: "draft-model".into(),
+                    model: Some(draft.clone()),
+                    num_speculative_tokens: Some(3),
+                    moe_backend: Some(moe.into()),
+                    ..SpeculativeOptions::default()
+                };
+                let mut engine = engine(target, &device, &options(Some(speculative)));
+                let got = greedy(&mut engine, &PROMPT, 40);
+                let name = format!("draft model for {name}, {moe}, {}", device.facts().name);
+                let compared = assert_same_up_to_ties(&got.tokens, &want, &margins, &name);
+                let acceptance = got.acceptance.unwrap();
+                eprintln!("{name}: {compared} tokens equal, {acceptance:?}");
+                let served: Vec<_> = engine.resolution().moe_of(Role::Draft).map(|moe| moe.backend.name()).collect();
+                assert_eq!(served, [moe], "{name}");
+                let ran = serde_json::to_value(&got.backends).unwrap();
+                assert_eq!(ran["draft"]["draft"], if device.is_cpu() { "cpu" } else { "mla" }, "{name}");
+                // What a model drafts for itself is accepted but where two logits tie; another's hardly ever is.
+                if std::ptr::eq(target, &itself) {
+                    assert!(acceptance.accepted * 10 >= acceptance.drafted * 9, "{name}: {acceptance:?}");
                 }
             }
         }

@@ -3,7 +3,7 @@
 use std::f64::consts::TAU;
 use std::path::{Path, PathBuf};
 
-use polyattn_api::{LayerConfig, WindowConfig};
+use polyattn_api::{KvDType, LayerConfig, WindowConfig};
 use serde_json::{Map, Value};
 
 use super::deepseek;
@@ -618,10 +618,19 @@ impl DecoderConfig {
         Ok(())
     }
 
-    /// The kinds of its attention layers, as the selector sees them, and for each layer the place of its kind; without
-    /// experts, whose format [`ModelSource::attention_layers`](super::ModelSource::attention_layers) knows.
+    /// Bytes of a token in one tensor of a layer's cache: its keys, its values, or the latent row that is both.
     #[must_use]
-    pub fn attention_layers(&self) -> (Vec<LayerConfig>, Vec<usize>) {
+    pub fn slot_bytes(&self, kv_dtype: KvDType) -> u64 {
+        let elements = match &self.latent {
+            None => u64::from(self.kv_heads) * u64::from(self.head_dim),
+            Some(latent) => u64::from(latent.cache_dim()),
+        };
+        elements * kv_dtype.bytes()
+    }
+
+    /// The kinds of its attention layers, as the selector sees them, and for each layer the place of its kind; without
+    /// experts, whose format [`ModelSource`](super::ModelSource) knows.
+    pub(super) fn attention_layers(&self) -> (Vec<LayerConfig>, Vec<usize>) {
         let mut windows: Vec<Option<u32>> = Vec::new();
         let mut kinds: Vec<LayerConfig> = Vec::new();
         let mut places = Vec::new();

@@ -5,7 +5,7 @@ use std::{cell::RefCell, sync::Arc};
 
 use polyattn_api::{
     BufferSlice, Commands, CommittedRows, Device, DraftAttention, DraftSequence, Drafter, EngineConfig, LoadContext,
-    Outcome, Proposal, ProposeContext, ProposerError, TargetServices, resolve,
+    Outcome, Proposal, ProposeContext, ProposerError, ResolvedMoe, Role, TargetServices, resolve,
 };
 use polyattn_device::Readback;
 use polyattn_nn::{decoder::Decoder, ops};
@@ -95,6 +95,7 @@ pub(super) struct Stage<'a> {
     decoder: Arc<Decoder>,
     config: EngineConfig,
     attention: Vec<DraftAttention>,
+    moe: Option<ResolvedMoe>,
 }
 
 impl<'a> Stage<'a> {
@@ -109,8 +110,9 @@ impl<'a> Stage<'a> {
             let kernel = layer.backend.prepare(&bench.device, &problem).map_err(failed)?;
             attention.push(DraftAttention::new(Arc::clone(&problem.layer), kernel));
         }
+        let moe = resolution.moe_of(Role::Draft).next().cloned();
         let config = resolution.draft_config.unwrap_or(config);
-        Ok(Self { bench, ground, decoder: ground.decoder()?, config, attention })
+        Ok(Self { bench, ground, decoder: ground.decoder()?, config, attention, moe })
     }
 
     pub(super) fn vocab(&self) -> u32 {
@@ -131,6 +133,7 @@ impl<'a> Stage<'a> {
         let mut context = LoadContext::new(&self.bench.device, &self.ground.facts, &self.config);
         context.checkpoint = self.ground.checkpoint.as_deref();
         context.attention = &self.attention;
+        context.moe = self.moe.as_ref();
         context.pool_pages = TEXTS * TEXT_PAGES;
         context.page_size = PAGE;
         context.kv_dtype = self.config.kv_cache.dtype.unwrap_or(self.config.model.dtype.into());
