@@ -146,13 +146,8 @@ impl Runner {
                 last_hidden: if taps.last_hidden { Some(last(device)?) } else { None },
             })
         };
-        let mut scratch = decoder.scratch(device, sizes.rows, dtype)?;
-        if let Some(moe) = moe {
-            let kernel = moe.backend.prepare(device, &moe.problem, sizes.rows)?;
-            scratch.layer.serve_experts(device, config, kernel, sizes.rows)?;
-        }
         Ok(Self {
-            scratch,
+            scratch: decoder.scratch(device, sizes.rows, dtype, moe)?,
             cache,
             layer_kinds,
             ids: device.alloc(words(sizes.rows), "ids")?,

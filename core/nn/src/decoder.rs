@@ -1,6 +1,6 @@
 //! A decoder: embedding, layers, final norm and output head.
 
-use polyattn_api::KvDType;
+use polyattn_api::{KvDType, ResolvedMoe};
 use polyattn_device::{Buffer, BufferSlice, Commands, DType, Device};
 
 use crate::{
@@ -117,15 +117,25 @@ impl Decoder {
             .collect()
     }
 
-    /// Scratch for passes of up to `rows` rows, whose queries attention takes as `q_dtype`.
+    /// Scratch for passes of up to `rows` rows, whose queries attention takes as `q_dtype`, and whose experts, where the
+    /// decoder has some, `moe` serves.
     ///
     /// # Errors
-    /// No memory.
-    pub fn scratch(&self, device: &Device, rows: u32, q_dtype: DType) -> Result<DecoderScratch, NnError> {
-        Ok(DecoderScratch {
-            hidden: device.alloc(u64::from(rows) * u64::from(self.config.hidden_size) * 4, "hidden states")?,
-            layer: LayerScratch::of_decoder(device, &self.config, rows, q_dtype)?,
-        })
+    /// Experts that the decoder does not have, or others than `moe` was chosen for; no memory.
+    pub fn scratch(
+        &self,
+        device: &Device,
+        rows: u32,
+        q_dtype: DType,
+        moe: Option<&ResolvedMoe>,
+    ) -> Result<DecoderScratch, NnError> {
+        let mut layer = LayerScratch::of_decoder(device, &self.config, rows, q_dtype)?;
+        if let Some(moe) = moe {
+            let kernel = moe.backend.prepare(device, &moe.problem, rows)?;
+            layer.serve_experts(device, &self.config, kernel, rows)?;
+        }
+        let hidden = device.alloc(u64::from(rows) * u64::from(self.config.hidden_size) * 4, "hidden states")?;
+        Ok(DecoderScratch { hidden, layer })
     }
 
     /// Records the embedding of `rows` ids into `out` `[rows, hidden_size]`.

@@ -122,11 +122,16 @@ impl LayerScratch {
     }
 
     /// Scratch for up to `rows` rows of all layers of a decoder, whose queries attention takes as `q_dtype`. Those with
-    /// experts need [`serve_experts`](Self::serve_experts) too.
+    /// experts need somebody who serves them too, as [`Decoder::scratch`](crate::decoder::Decoder::scratch) has.
     ///
     /// # Errors
     /// No memory.
-    pub fn of_decoder(device: &Device, config: &DecoderConfig, rows: u32, q_dtype: DType) -> Result<Self, NnError> {
+    pub(crate) fn of_decoder(
+        device: &Device,
+        config: &DecoderConfig,
+        rows: u32,
+        q_dtype: DType,
+    ) -> Result<Self, NnError> {
         let shared = config.experts.as_ref().and_then(|experts| experts.shared_size).unwrap_or(0);
         let wide = config.intermediate_size.max(shared);
         let Some(latent) = &config.latent else {
@@ -162,7 +167,7 @@ impl LayerScratch {
     ///
     /// # Errors
     /// A decoder without experts, or with others than the kernel was prepared for; no memory.
-    pub fn serve_experts(
+    pub(crate) fn serve_experts(
         &mut self,
         device: &Device,
         config: &DecoderConfig,

@@ -7,9 +7,6 @@ use polyattn_nn::{
 };
 use serde::Deserialize;
 
-/// The file of a checkpoint that says what it is.
-const CONFIG: &str = "config.json";
-
 /// What a checkpoint's `config.json` says, checked.
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
@@ -42,6 +39,7 @@ pub struct DFlashConfig {
     pub layers: Vec<DraftLayer>,
     /// Format of queries and cache.
     pub dtype: DType,
+    file: PathBuf,
     num_target_layers: Option<u32>,
     vocab_size: Option<u32>,
 }
@@ -216,6 +214,7 @@ impl DFlashConfig {
                 Some("float32") => DType::F32,
                 _ => DType::F16,
             },
+            file: file.file.clone(),
             num_target_layers: raw.num_target_layers,
             vocab_size: raw.vocab_size,
         })
@@ -226,14 +225,18 @@ impl DFlashConfig {
     /// # Errors
     /// [`ProposerError::Mismatch`] with the file, the field and both numbers.
     pub fn check(&self, target: &TargetFacts) -> Result<(), ProposerError> {
-        let file = self.folder.join(CONFIG);
+        let file = &self.file;
         let fail = |message: String| Err(ProposerError::Mismatch(format!("{}: {message}", file.display())));
-        fits(&file, "num_target_layers", self.num_target_layers, target.layers)?;
+        if let Some(layers) = self.num_target_layers
+            && layers != target.layers
+        {
+            return fail(format!("num_target_layers is {layers}, the target has {} layers", target.layers));
+        }
         if let Some(tap) = self.target_layers.iter().find(|tap| **tap >= target.layers) {
             return fail(format!("target_layer_ids names layer {tap}, the target has {} layers", target.layers));
         }
-        fits(&file, "hidden_size", Some(self.hidden_size), target.hidden_size)?;
-        fits(&file, "vocab_size", self.vocab_size, target.vocab_size)?;
+        fits(file, "hidden_size", Some(self.hidden_size), target.hidden_size)?;
+        fits(file, "vocab_size", self.vocab_size, target.vocab_size)?;
         if self.mask_token >= target.vocab_size {
             return fail(format!(
                 "mask_token_id is {}, the target's vocabulary ends at {}",
@@ -324,7 +327,7 @@ mod tests {
         let target = TargetFacts::new(6, 48, 101, 512);
         config.check(&target).unwrap();
         let cases = [
-            (TargetFacts::new(5, 48, 101, 512), "num_target_layers is 6, the target's is 5"),
+            (TargetFacts::new(5, 48, 101, 512), "num_target_layers is 6, the target has 5 layers"),
             (TargetFacts::new(6, 64, 101, 512), "hidden_size is 48, the target's is 64"),
             (TargetFacts::new(6, 48, 100, 512), "vocab_size is 101, the target's is 100"),
             (TargetFacts::new(6, 48, 101, 4), "block_size is 8"),

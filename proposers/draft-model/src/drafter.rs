@@ -102,11 +102,6 @@ impl ModelDrafter {
             let ids = device.alloc(words(rows), "draft ids")?;
             Ok(Feed { ids, positions: device.alloc(words(rows), "draft positions")? })
         };
-        let mut scratch = decoder.scratch(device, rows, context.config.model.dtype)?;
-        if let Some(moe) = context.moe {
-            let kernel = moe.backend.prepare(device, &moe.problem, rows)?;
-            scratch.layer.serve_experts(device, config, kernel, rows)?;
-        }
         let chains = Chains::new(device, sequences, max_tokens)?;
         let memory = Memory {
             rows,
@@ -116,7 +111,7 @@ impl ModelDrafter {
             chain_positions: device.alloc(words(chains.stride()) * u64::from(max_tokens), "draft chain positions")?,
             last_hidden: device.alloc(hidden, "draft last hidden states")?,
             logits: device.alloc(words(sequences) * u64::from(config.vocab_size), "draft logits")?,
-            scratch,
+            scratch: decoder.scratch(device, rows, context.config.model.dtype, context.moe)?,
         };
         Ok(Self {
             taps: TapSpec::default(),

@@ -1,11 +1,11 @@
 //! A smaller model drafts token by token, each from its own last one.
 //!
 //! Any model that `polyattn-nn` loads will do, latent attention and mixtures of experts included, a GGUF file or a
-//! Hugging Face folder, as long as its tokenizer is the
-//! target's: every id must stand for the same text, which is checked. The model keeps keys and values of its own at the
-//! target's positions, on the target's page tables, and runs its attention on the backend that was selected for the
-//! draft. A step's first pass runs the committed tokens that it has not seen; the others one drafted token each, fed on
-//! from the device. What was rejected is overwritten at the same positions.
+//! Hugging Face folder, as long as its tokenizer is the target's: every id must stand for the same text, which is
+//! checked. The model keeps keys and values of its own at the target's positions, on the target's page tables, and runs
+//! attention and experts on the backends that were selected for the draft. A step's first pass runs the committed tokens
+//! that it has not seen; the others one drafted token each, fed on from the device. What was rejected is overwritten at
+//! the same positions.
 //!
 //! Source: "Fast Inference from Transformers via Speculative Decoding" (arXiv 2211.17192).
 

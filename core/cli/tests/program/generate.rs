@@ -189,7 +189,7 @@ fn drafters_that_do_not_fit_are_refused_with_their_file() {
 
     let message = refused(drafter.path());
     assert!(message.starts_with("the draft model does not fit the target: "), "{message}");
-    assert!(message.contains(text(&config)) && message.contains(" is 6, the target's is 2"), "{message}");
+    assert!(message.contains(text(&config)) && message.contains(" is 6, the target has 2 layers"), "{message}");
 
     edit(&config, |c| c["hidden_size"] = json!("wide"));
     let message = refused(drafter.path());
