@@ -13,6 +13,7 @@ struct Call {
     first: u32,   // the first one's place among the plan's words
     facts: u32,   // of sequences: first state, first chunk, chunk behind the last
     states: u32,  // states that the buffer has room for
+    per: u32,     // chunks of a state
 }
 var<immediate> call: Call;
 
@@ -44,8 +45,8 @@ fn is_only_chunk(sequence: u32) -> bool {
     return DIRECT && extra(call.facts + sequence * 3u + 2u) - extra(call.facts + sequence * 3u + 1u) == 1u;
 }
 
-// The first of the chunk's states of a sequence: one for each query row and head follows.
+// The first of the states of a sequence that a chunk is in: one for each query row and head follows.
 fn first_state(sequence: u32, chunk: u32) -> u32 {
-    let ordinal = chunk - extra(call.facts + sequence * 3u + 1u);
+    let ordinal = chunk / call.per - extra(call.facts + sequence * 3u + 1u) / call.per;
     return extra(call.facts + sequence * 3u) + ordinal * sequence_queries(sequence) * call.heads;
 }

@@ -11,15 +11,15 @@
 const ROWS: u32 = 16u * TILES;
 const ROWS_AT_ONCE: u32 = THREADS / ROW_THREADS;
 const PASSES: u32 = ROWS / ROWS_AT_ONCE;
-const SPAN: u32 = 4u * ROW_THREADS;                // elements of a row of which each of its threads has a vector
-const PARTS: u32 = KEYS / SPAN;
-const VECTORS: u32 = (HEAD_DIM + SPAN - 1u) / SPAN;
+const STRETCH: u32 = 4u * ROW_THREADS;             // elements of a row of which each of its threads has a vector
+const PARTS: u32 = KEYS / STRETCH;
+const VECTORS: u32 = (HEAD_DIM + STRETCH - 1u) / STRETCH;
 const UNITS: u32 = HEAD_DIM / 8u;                  // of 16 bytes, in a row of queries, keys or values
 const PIECES: u32 = KEYS * UNITS / THREADS;        // units of a block that a thread carries
 const SHARING: u32 = THREADS / WIDTH / TILES;      // subgroups that share a tile of rows
 const HALF: u32 = HEAD_DIM / 8u;                   // of a row of a tile, in vectors
 const SLICES: u32 = HEAD_DIM / SLICE;
-const SLICE_VECTORS: u32 = (SLICE + SPAN - 1u) / SPAN;
+const SLICE_VECTORS: u32 = (SLICE + STRETCH - 1u) / STRETCH;
 // From row to row in workgroup memory, in vectors of four; a little more than a row, so that rows lie in other banks.
 const TILE_STRIDE: u32 = (HEAD_DIM + 8u) / 4u;
 const WEIGHT_STRIDE: u32 = (KEYS + 8u) / 4u;
@@ -96,6 +96,10 @@ fn attend(
     var total: array<f32, PASSES * PARTS>;
     var shrink: array<f32, PASSES>;
     var sums: array<vec4<f32>, PASSES * VECTORS>;
+    // Of the span's chunks so far.
+    var span_highest: array<f32, PASSES>;
+    var span_total: array<f32, PASSES>;
+    var span_sums: array<vec4<f32>, PASSES * VECTORS>;
     for (var p = 0u; p < PASSES; p++) {
         let row = first + p * ROWS_AT_ONCE + thread / ROW_THREADS;
         row_first[p] = 0xffffffffu;
@@ -106,6 +110,7 @@ fn attend(
             row_end[p] = seen.y;
         }
         highest[p] = LOWEST;
+        span_highest[p] = LOWEST;
     }
 
     // Each thread carries its units of the next keys and values in registers while the block before is computed with.
@@ -165,7 +170,7 @@ fn attend(
                 var x: array<vec4<f32>, PARTS>;
                 var top = highest[p];
                 for (var h = 0u; h < PARTS; h++) {
-                    let key = vec4<u32>(base + h * SPAN + lane * 4u) + vec4<u32>(0u, 1u, 2u, 3u);
+                    let key = vec4<u32>(base + h * STRETCH + lane * 4u) + vec4<u32>(0u, 1u, 2u, 3u);
                     let at = row * SCORE_STRIDE + h * ROW_THREADS + lane;
                     x[h] = products[at];
                     if (SPLIT) { x[h] += products[SCORES + at]; }
@@ -223,7 +228,7 @@ fn attend(
                     let row = p * ROWS_AT_ONCE + thread / ROW_THREADS;
                     for (var i = 0u; i < SLICE_VECTORS; i++) {
                         let at = p * VECTORS + s * SLICE_VECTORS + i;
-                        if (SLICE % SPAN == 0u || (i * ROW_THREADS + lane) * 4u < SLICE) {
+                        if (SLICE % STRETCH == 0u || (i * ROW_THREADS + lane) * 4u < SLICE) {
                             let sum = products[row * SUM_STRIDE + i * ROW_THREADS + lane];
                             sums[at] = fma(sums[at], vec4<f32>(shrink[p]), sum);
                         }
@@ -233,7 +238,8 @@ fn attend(
             }
         }
 
-        // The chunk's state, or the answer; the next chunk starts anew.
+        // The chunk joins its span; what is whole becomes a state, or the answer. The next chunk starts anew.
+        let whole = (chunk + 1u) % call.per == 0u || chunk + 1u == chunks.y;
         for (var p = 0u; p < PASSES; p++) {
             let row = first + p * ROWS_AT_ONCE + thread / ROW_THREADS;
             for (var hop = 1u; hop < ROW_THREADS; hop <<= 1u) {
@@ -241,16 +247,23 @@ fn attend(
             }
             var weight = total[p * PARTS];
             for (var h = 1u; h < PARTS; h++) { weight += total[p * PARTS + h]; }
-            if (row < all && number < call.items) {
+            let joint = join(span_highest[p], highest[p]);
+            span_highest[p] = joint.highest;
+            span_total[p] = fma(weight, joint.later, span_total[p] * joint.before);
+            for (var i = 0u; i < VECTORS; i++) {
+                let at = p * VECTORS + i;
+                span_sums[at] = fma(sums[at], vec4<f32>(joint.later), span_sums[at] * joint.before);
+            }
+            if (whole && row < all && number < call.items) {
                 let head = kv_head * call.group + row % call.group;
                 let place = row / call.group * call.heads + head;
                 let answered = sequence_start(sequence) * call.heads + place;
                 let state = first_state(sequence, chunk) + place;
-                let end = ending(highest[p], weight, head);
+                let end = ending(span_highest[p], span_total[p], head);
                 for (var i = 0u; i < VECTORS; i++) {
                     let column = (i * ROW_THREADS + lane) * 4u;
-                    if (HEAD_DIM % SPAN == 0u || column < HEAD_DIM) {
-                        let sum = sums[p * VECTORS + i];
+                    if (HEAD_DIM % STRETCH == 0u || column < HEAD_DIM) {
+                        let sum = span_sums[p * VECTORS + i];
                         for (var j = 0u; j < 4u; j++) {
                             if (only) {
                                 write_out(answered * HEAD_DIM + column + j, answer(sum[j], end));
@@ -262,13 +275,18 @@ fn attend(
                 }
                 if (lane == 0u && only) { write_lse(answered, lse_of(end)); }
                 if (lane == 0u && !only) {
-                    partials[call.states * HEAD_DIM + state * 2u] = highest[p];
-                    partials[call.states * HEAD_DIM + state * 2u + 1u] = weight;
+                    partials[call.states * HEAD_DIM + state * 2u] = span_highest[p];
+                    partials[call.states * HEAD_DIM + state * 2u + 1u] = span_total[p];
                 }
             }
             highest[p] = LOWEST;
             for (var h = 0u; h < PARTS; h++) { total[p * PARTS + h] = 0.0; }
             for (var i = 0u; i < VECTORS; i++) { sums[p * VECTORS + i] = vec4<f32>(); }
+            if (whole) {
+                span_highest[p] = LOWEST;
+                span_total[p] = 0.0;
+                for (var i = 0u; i < VECTORS; i++) { span_sums[p * VECTORS + i] = vec4<f32>(); }
+            }
         }
     }
 }

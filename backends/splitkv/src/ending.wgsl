@@ -1,6 +1,24 @@
-// From a row's whole state to its answer.
+// From the states of a row's chunks to that of a span, and from a row's whole state to its answer.
 
 const LN_2: f32 = 0.6931471805599453;
+
+// What the states so far and one more weigh under the highest logit of both.
+struct Joint {
+    highest: f32,
+    before: f32,
+    later: f32,
+}
+
+fn join(before: f32, later: f32) -> Joint {
+    let top = max(before, later);
+    return Joint(top, weight_of(before, top), weight_of(later, top));
+}
+
+// Of a state in sums whose highest logit is `top`. One is exact, whatever the driver's exp(0) is; a state that has seen
+// nothing weighs nothing.
+fn weight_of(highest: f32, top: f32) -> f32 {
+    return select(0.0, select(exp(highest - top), 1.0, highest == top), highest > MASKED);
+}
 
 struct Ending {
     base: f32,

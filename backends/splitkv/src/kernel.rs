@@ -32,6 +32,7 @@ struct PartialCall {
     first: u32,
     facts: u32,
     states: u32,
+    per: u32,
 }
 
 #[repr(C)]
@@ -43,6 +44,7 @@ struct MergeCall {
     rows: u32,
     facts: u32,
     states: u32,
+    per: u32,
 }
 
 /// The pipelines of a problem, one for each number of tiles, and one that merges.
@@ -89,8 +91,8 @@ impl Kernel {
     }
 
     /// The fewest tiles whose items run at once, or that hold all rows of the widest sequence: tiles of one item share
-    /// what they read, items of their own finish sooner. And the chunks that an item takes one after the other: more
-    /// than one where there are so many items that starting them is what costs.
+    /// what they read, items of their own finish sooner. And the chunks that an item takes one after the other: whole
+    /// spans where there are so many items that starting and ending chunks is what costs.
     fn choose(&self, batch: &BatchLayout) -> Option<(Variant, u32)> {
         let rows = |sequence: usize| u64::from(batch.queries(sequence).1) * u64::from(self.group());
         let most = (0..batch.sequences()).map(rows).max().unwrap_or(0);
@@ -104,7 +106,8 @@ impl Kernel {
                 })
                 .sum();
             let items = items * u64::from(self.problem.kind.kv_heads());
-            chosen = Some((*variant, (items / (2 * RESIDENT)).clamp(1, variant.longest_run().into()) as u32));
+            let spans = (items / (RESIDENT * u64::from(plan::SPAN))).min(variant.most_spans().into()) as u32;
+            chosen = Some((*variant, (spans * plan::SPAN).max(1)));
             if items <= RESIDENT || tile >= most {
                 break;
             }
@@ -193,7 +196,7 @@ impl AttentionKernel for Kernel {
         io.validate(problem, plan.batch())?;
         plan.made_in(&self.plans)?;
         let foreign = || BackendError::Batch("the plan has no such items".into());
-        let (tiles, rounds) = plan::rounds(plan.extra()).ok_or_else(foreign)?;
+        let (tiles, per, rounds) = plan::rounds(plan.extra()).ok_or_else(foreign)?;
         let (variant, partial) = self.pipeline(tiles)?.ok_or_else(foreign)?;
         let index = plan.index(commands)?;
         let side = |side: Option<u32>| side.unwrap_or(u32::MAX);
@@ -217,6 +220,7 @@ impl AttentionKernel for Kernel {
                 first: round.first_item,
                 facts: plan::HEADER as u32,
                 states: round.states,
+                per,
             };
             let own = [Some(io.q), Some(io.k_cache), Some(io.v_cache), Some(states), slopes];
             let ended = endings.into_iter().filter(|_| variant.direct);
@@ -234,6 +238,7 @@ impl AttentionKernel for Kernel {
                 rows: round.rows,
                 facts: plan::HEADER as u32,
                 states: round.states,
+                per,
             };
             let (slices, count) = bound(index, [Some(states)].into_iter().chain(endings));
             let groups = self.spread(round.rows, heads);

@@ -3,11 +3,12 @@
 //! It serves decode, verify and draft, where reading keys and values is what costs. On GPUs with subgroups.
 //!
 //! # Structure
-//! A sequence's keys are cut into *chunks* of a fixed number of positions, counted from position 0. A work item is one
-//! chunk or a run of them, one KV head and some *tiles* of rows: a row is a query row and one query head of the group,
-//! so that keys and values are read from memory once for all of them. Chunks become partial states (weighted sums,
-//! highest logit, sum of weights), which a second kernel merges in order of position; a sequence of one chunk is
-//! answered at once. Two kernels answer chunks. Which one does is decided by the formats and the device alone:
+//! A sequence's keys are cut into *chunks* of a fixed number of positions, counted from position 0, and four chunks make
+//! a *span*. A work item is one chunk or some spans, one KV head and some *tiles* of rows: a row is a query row and one
+//! query head of the group, so that keys and values are read from memory once for all of them. Chunks become partial
+//! states (weighted sums, highest logit, sum of weights). Those of a span are joined in order of position, by their item
+//! where it has the span, else by a second kernel, in the same way; that kernel then merges the spans. A sequence of one
+//! chunk is answered at once. Two kernels answer chunks. Which one does is decided by the formats and the device alone:
 //!
 //! * `cooperative.wgsl`, where queries and cache are halves and the device multiplies 16 × 16 halves as cooperative
 //!   matrices (subgroups of 32). Tiles of 16 rows, up to 4; chunks of 512 keys (256 where heads have 64 elements at the
@@ -20,7 +21,7 @@
 //!   softmax of its own in registers.
 //!
 //! # What follows
-//! However many sequences and rows there are, a row's chunks, blocks, streams and their order are the same: it has the
+//! However many sequences and rows there are, a row's chunks, spans, blocks, streams and their order are the same: it has the
 //! bits of the decode call at its position, alone and in any batch. The many chunks of one long sequence fill a device
 //! as well as many short sequences do, and none waits for the longest.
 //!

@@ -1,4 +1,5 @@
-// A row's chunks become its answer, in order of position. One workgroup for each row and query head.
+// A row's chunks become spans, where they are not yet, and these its answer, in order of position. One workgroup for each
+// row and query head.
 
 struct Call {
     nothing: f32, // as in call.wgsl
@@ -7,6 +8,7 @@ struct Call {
     rows: u32,
     facts: u32,   // of sequences: first state, first chunk, chunk behind the last
     states: u32,
+    per: u32,     // chunks of a state: one or a span's
 }
 var<immediate> call: Call;
 
@@ -15,7 +17,6 @@ var<immediate> call: Call;
 const LOWEST: f32 = -3.0e38;
 const MASKED: f32 = -2.9e38;
 const THREADS: u32 = GROUPS * VECTORS;
-const AHEAD: u32 = 4u; // states that a thread has in flight
 
 var<workgroup> highest_of: array<f32, THREADS>;
 var<workgroup> total_of: array<f32, GROUPS>;
@@ -35,17 +36,18 @@ fn merge(
     let chunks = vec2<u32>(extra(call.facts + sequence * 3u + 1u), extra(call.facts + sequence * 3u + 2u));
     // A sequence's only chunk is its answer already.
     let merges = number < call.rows && !(DIRECT && chunks.y - chunks.x == 1u);
-    // The state of the row's chunk 0, if there were one: chunks are counted from position 0.
+    // States are counted from position 0, where the sequence's first may not lie.
+    let states = vec2<u32>(chunks.x / call.per, (chunks.y + call.per - 1u) / call.per);
     let origin = extra(call.facts + sequence * 3u) + (row - sequence_start(sequence)) * call.heads + head
-        - chunks.x * slots;
+        - states.x * slots;
     let group = thread / VECTORS;
     let vector = thread % VECTORS;
     let facts = call.states * HEAD_DIM;
-    let end = select(chunks.x, chunks.y, merges);
+    let end = select(states.x, states.y, merges);
 
     var top = LOWEST;
-    for (var c = chunks.x + thread; c < end; c += THREADS) {
-        top = max(top, partials[facts + (origin + c * slots) * 2u]);
+    for (var s = states.x + thread; s < end; s += THREADS) {
+        top = max(top, partials[facts + (origin + s * slots) * 2u]);
     }
     highest_of[thread] = top;
     workgroupBarrier();
@@ -57,26 +59,42 @@ fn merge(
     }
     top = highest_of[0];
 
-    // A chunk belongs to the same group whatever comes before it.
-    let mine = chunks.x + (group + GROUPS - chunks.x % GROUPS) % GROUPS;
+    // A span belongs to the same group whatever comes before it. Each takes SPAN states at once: those of a span's
+    // chunks, or those of so many of its spans.
+    let chunkwise = call.per == 1u;
+    let stride = select(GROUPS, 1u, chunkwise);
+    let first = select(states.x, states.x / SPAN, chunkwise);
+    let mine = first + (group + GROUPS - first % GROUPS) % GROUPS;
     var sum = vec4<f32>();
     var total = 0.0;
-    for (var c = mine; c < end; c += AHEAD * GROUPS) {
-        var part: array<vec4<f32>, AHEAD>;
-        var highest: array<f32, AHEAD>;
-        var weights: array<f32, AHEAD>;
-        for (var u = 0u; u < AHEAD; u++) {
-            let state = origin + min(c + u * GROUPS, end - 1u) * slots;
+    for (var s = select(mine, mine * SPAN, chunkwise); s < end; s += SPAN * GROUPS) {
+        var part: array<vec4<f32>, SPAN>;
+        var highest: array<f32, SPAN>;
+        var weights: array<f32, SPAN>;
+        for (var u = 0u; u < SPAN; u++) {
+            let at = s + u * stride;
+            let state = origin + clamp(at, states.x, end - 1u) * slots;
             let place = state * HEAD_DIM + vector * 4u;
+            let is_there = at >= states.x && at < end;
             part[u] = vec4<f32>(partials[place], partials[place + 1u], partials[place + 2u], partials[place + 3u]);
-            highest[u] = partials[facts + state * 2u];
-            weights[u] = partials[facts + state * 2u + 1u];
+            part[u] = select(vec4<f32>(), part[u], is_there);
+            highest[u] = select(LOWEST, partials[facts + state * 2u], is_there);
+            weights[u] = select(0.0, partials[facts + state * 2u + 1u], is_there);
         }
-        for (var u = 0u; u < AHEAD; u++) {
-            var share = select(exp(highest[u] - top), 1.0, highest[u] == top);
-            share = select(0.0, share, highest[u] > MASKED && c + u * GROUPS < end);
-            sum = fma(part[u], vec4<f32>(share), sum);
-            total = fma(weights[u], share, total);
+        if (chunkwise) {
+            // As cooperative.wgsl joins the chunks of a span.
+            for (var u = 1u; u < SPAN; u++) {
+                let joint = join(highest[0], highest[u]);
+                highest[0] = joint.highest;
+                weights[0] = fma(weights[u], joint.later, weights[0] * joint.before);
+                part[0] = fma(part[u], vec4<f32>(joint.later), part[0] * joint.before);
+                highest[u] = LOWEST;
+            }
+        }
+        for (var u = 0u; u < SPAN; u++) {
+            let weight = weight_of(highest[u], top);
+            sum = fma(part[u], vec4<f32>(weight), sum);
+            total = fma(weights[u], weight, total);
         }
     }
     sums_of[thread] = sum;

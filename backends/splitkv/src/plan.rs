@@ -4,15 +4,19 @@ use polyattn_api::{AttentionProblem, BackendError, BatchLayout};
 
 use crate::shader::Variant;
 
-/// Words of the header: tiles of an item, sequences. Three facts of each sequence follow (first state, first
-/// chunk, chunk behind the last), then the rounds, each before its items.
-pub(crate) const HEADER: usize = 2;
+/// Words of the header: tiles of an item, chunks of a state, sequences. Three facts of each sequence follow (first state,
+/// first chunk, chunk behind the last), then the rounds, each before its items.
+pub(crate) const HEADER: usize = 3;
 
 /// Words of a round: items, first row, rows, states.
 pub(crate) const ROUND: usize = 4;
 
 /// Words of a work item: sequence, first row, first chunk, chunk behind the last.
 pub(crate) const ITEM: usize = 4;
+
+/// Chunks of a span, which begins at a multiple of it. The chunks of a span are merged with each other before the spans
+/// are: by their item, where it has them all, so that a state stands for the span.
+pub(crate) const SPAN: u32 = 4;
 
 /// Work items that a plan may have.
 const MOST_ITEMS: u64 = 1 << 22;
@@ -28,8 +32,8 @@ pub(crate) struct Round {
     pub(crate) states: u32,
 }
 
-/// The words of a plan for items of a variant's tiles and `run` chunks, with at most `most_states` states a round, in an
-/// empty list.
+/// The words of a plan for items of a variant's tiles and `run` chunks, one or whole spans, with at most `most_states`
+/// states a round, in an empty list.
 pub(crate) fn words(
     mut words: Vec<u32>,
     problem: &AttentionProblem,
@@ -42,7 +46,9 @@ pub(crate) fn words(
     let heads = problem.kind.query_heads();
     let group = heads / problem.kind.kv_heads();
     let sequences = batch.sequences();
-    words.extend([variant.tiles, sequences as u32]);
+    // Chunks of a state.
+    let per = if run < SPAN { 1 } else { SPAN };
+    words.extend([variant.tiles, per, sequences as u32]);
     words.resize(HEADER + sequences * 3, 0);
     let mut items = 0;
     // Where the round stands that is being filled.
@@ -54,7 +60,7 @@ pub(crate) fn words(
         }
         let chunks = chunks(problem, batch, sequence, chunk_keys);
         let rows_of = u64::from(queries) * u64::from(group);
-        items += rows_of.div_ceil(u64::from(rows)) * u64::from((chunks.1 - chunks.0).div_ceil(run));
+        items += rows_of.div_ceil(u64::from(rows)) * u64::from((chunks.1 - chunks.0 / per * per).div_ceil(run));
         if items > MOST_ITEMS {
             return Err(BackendError::Batch(format!(
                 "the batch has more than {MOST_ITEMS} work items of {rows} rows and {} keys: split it",
@@ -62,7 +68,7 @@ pub(crate) fn words(
             )));
         }
         // A single chunk's state is the answer already, and goes nowhere else.
-        let kept = if variant.direct && chunks.1 - chunks.0 == 1 { 0 } else { chunks.1 - chunks.0 };
+        let kept = if variant.direct && chunks.1 - chunks.0 == 1 { 0 } else { chunks.1.div_ceil(per) - chunks.0 / per };
         let states = u64::from(kept) * u64::from(queries) * u64::from(heads);
         if states > most_states {
             return Err(BackendError::Batch(format!(
@@ -86,8 +92,9 @@ pub(crate) fn words(
         words[at + 3] += states as u32;
         for first in (0..queries * group).step_by(rows as usize) {
             // A chunk that none of the item's rows sees is written too: merging reads all of a sequence's.
-            for chunk in (chunks.0..chunks.1).step_by(run as usize) {
-                words.extend([sequence as u32, first, chunk, chunks.1.min(chunk + run)]);
+            // Runs begin where spans do, but for the first one of a sequence with a window.
+            for start in (chunks.0 / per * per..chunks.1).step_by(run as usize) {
+                words.extend([sequence as u32, first, start.max(chunks.0), chunks.1.min(start + run)]);
                 words[at] += 1;
             }
         }
@@ -95,9 +102,9 @@ pub(crate) fn words(
     Ok(words)
 }
 
-/// The tiles of an item and the rounds of a plan's words.
-pub(crate) fn rounds(words: &[u32]) -> Option<(u32, impl Iterator<Item = Round>)> {
-    let [tiles, sequences, ..] = words else { return None };
+/// The tiles of an item, the chunks of a state and the rounds of a plan's words.
+pub(crate) fn rounds(words: &[u32]) -> Option<(u32, u32, impl Iterator<Item = Round>)> {
+    let [tiles, per, sequences, ..] = words else { return None };
     let mut at = HEADER + *sequences as usize * 3;
     let rounds = std::iter::from_fn(move || {
         let [items, first_row, rows, states] = *words.get(at..)?.first_chunk::<ROUND>()?;
@@ -105,7 +112,7 @@ pub(crate) fn rounds(words: &[u32]) -> Option<(u32, impl Iterator<Item = Round>)
         at += ROUND + items as usize * ITEM;
         Some(Round { first_item, items, first_row, rows, states })
     });
-    Some((*tiles, rounds))
+    Some((*tiles, *per, rounds))
 }
 
 /// First chunk that a sequence's rows see, and the chunk behind the last one.

@@ -7,6 +7,8 @@ use polyattn_api::{
     device::{Access, wgsl},
 };
 
+use crate::plan;
+
 /// Head dims that lanes divide evenly, with few enough elements a lane.
 pub(crate) const HEAD_DIMS: [u32; 6] = [32, 64, 96, 128, 192, 256];
 
@@ -124,11 +126,11 @@ impl Variant {
         }
     }
 
-    /// Chunks that one work item may take.
-    pub(crate) const fn longest_run(self) -> u32 {
+    /// Spans that one work item may take; where it may not take one, it takes a chunk.
+    pub(crate) const fn most_spans(self) -> u32 {
         match self.products {
-            Products::Lanes(_) => 1,
-            Products::Matrices(_) => 16,
+            Products::Lanes(_) => 0,
+            Products::Matrices(_) => 4,
         }
     }
 
@@ -308,7 +310,7 @@ impl Variant {
                 ]
             }
         };
-        let both = [("TILES", self.tiles), ("CHUNK", self.chunk()), ("HEAD_DIM", self.head_dim)];
+        let both = [("TILES", self.tiles), ("CHUNK", self.chunk()), ("SPAN", plan::SPAN), ("HEAD_DIM", self.head_dim)];
         for (name, value) in own.into_iter().chain(both) {
             let _ = writeln!(text, "const {name}: u32 = {value}u;");
         }
@@ -325,6 +327,7 @@ impl Variant {
             ("HEAD_DIM", self.head_dim),
             ("VECTORS", vectors),
             ("GROUPS", groups),
+            ("SPAN", plan::SPAN),
             ("THREADS_POWER", (vectors * groups).next_power_of_two()),
         ] {
             let _ = writeln!(text, "const {name}: u32 = {value}u;");

@@ -6,7 +6,7 @@ use naga::{
     back::{hlsl, msl, spv},
     valid::{self, ShaderStages, SubgroupOperationSet, ValidationFlags, Validator},
 };
-use polyattn_api::{AttentionKind, AttentionProblem, BatchLayout, DType};
+use polyattn_api::{AttentionKind, AttentionProblem, BatchLayout, DType, Window};
 
 use crate::{
     plan,
@@ -74,9 +74,9 @@ fn sequences_share_rounds_up_to_the_buffers_size() {
     }
     let rounds = |most| {
         let words = plan::words(Vec::new(), &problem, &batch, variant, 1, most).unwrap();
-        let (tiles, rounds) = plan::rounds(&words).unwrap();
+        let (tiles, per, rounds) = plan::rounds(&words).unwrap();
         let rounds: Vec<_> = rounds.collect();
-        assert_eq!((tiles, rounds[0].first_item as usize), (1, plan::HEADER + 4 * 3 + plan::ROUND));
+        assert_eq!((tiles, per, rounds[0].first_item as usize), (1, 1, plan::HEADER + 4 * 3 + plan::ROUND));
         // Rounds follow one another, each behind the last one's items.
         let ends: Vec<_> =
             rounds.iter().map(|round| round.first_item as usize + round.items as usize * plan::ITEM).collect();
@@ -90,12 +90,33 @@ fn sequences_share_rounds_up_to_the_buffers_size() {
     let error = plan::words(Vec::new(), &problem, &batch, variant, 1, 63).unwrap_err().to_string();
     // A sequence of one chunk keeps no state where it is answered at once.
     let direct = plan::words(Vec::new(), &problem, &batch, Variant { direct: true, ..variant }, 1, 1000).unwrap();
-    let (_, rounds) = plan::rounds(&direct).unwrap();
+    let (_, _, rounds) = plan::rounds(&direct).unwrap();
     assert_eq!(rounds.map(|round| round.states).collect::<Vec<_>>(), [96]);
-    // Runs cover the same chunks: of the sequence of 8 chunks, items of 3, 3 and 2.
-    let runs = plan::words(Vec::new(), &problem, &batch, variant, 3, 1000).unwrap();
-    let items: Vec<_> = runs[runs.len() - 7 * plan::ITEM..].chunks(plan::ITEM).collect();
-    assert_eq!(items[1..4], [[2, 0, 0, 3], [2, 0, 3, 6], [2, 0, 6, 8]]);
-    assert_eq!(items[6], [3, 0, 6, 8]);
     assert!(error.contains("sequence 2 with 2 query rows over 2048 keys has 64 partial states"), "{error}");
+}
+
+#[test]
+fn items_take_whole_spans() {
+    let kind = AttentionKind::Gqa { query_heads: 4, kv_heads: 2, head_dim: 64, value_dim: 64 };
+    let variant = Variant { products: Products::Lanes(8), tiles: 1, head_dim: 64, direct: false };
+    let chunk = variant.chunk();
+    let mut batch = BatchLayout::new(chunk, 64);
+    batch.push(1, 22 * chunk, &(0..22).collect::<Vec<_>>());
+    let items = |problem: &AttentionProblem, run| {
+        let words = plan::words(Vec::new(), problem, &batch, variant, run, 1000).unwrap();
+        let (_, per, rounds) = plan::rounds(&words).unwrap();
+        let states: Vec<_> = rounds.map(|round| round.states).collect();
+        let first = plan::HEADER + 3 + plan::ROUND;
+        let items = words[first..].chunks(plan::ITEM).map(|item| (item[2], item[3])).collect::<Vec<_>>();
+        (per, states, items)
+    };
+    let problem = AttentionProblem::new(kind, DType::F16);
+    let every: Vec<_> = (0..22).map(|chunk| (chunk, chunk + 1)).collect();
+    assert_eq!(items(&problem, 1), (1, vec![22 * 4], every));
+    assert_eq!(items(&problem, 4).2, [(0, 4), (4, 8), (8, 12), (12, 16), (16, 20), (20, 22)]);
+    assert_eq!(items(&problem, 8), (4, vec![6 * 4], vec![(0, 8), (8, 16), (16, 22)]));
+    // The window begins in chunk 5: its span has less of it.
+    let problem = problem.window(Some(Window { left: Some(16 * chunk), right: None }));
+    assert_eq!(items(&problem, 1).2.len(), 17);
+    assert_eq!(items(&problem, 8), (4, vec![5 * 4], vec![(5, 12), (12, 20), (20, 22)]));
 }
