@@ -8,14 +8,10 @@ use polyattn_api::{
     device::{Pipeline, PipelineSpec},
 };
 
-use crate::{plan, shader::Variant};
+use crate::{Multiply, plan, shader::Variant};
 
 /// Bytes of partial states that one round aims to stay below.
 const ROUND_BYTES: u64 = 256 << 20;
-
-/// Work items that a GPU runs at once, about. No adapter tells its number of cores; this suits large and small ones.
-/// Results do not depend on it.
-const RESIDENT: u64 = 256;
 
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
@@ -33,6 +29,7 @@ struct PartialCall {
     facts: u32,
     states: u32,
     per: u32,
+    zero: u32,
 }
 
 #[repr(C)]
@@ -62,8 +59,13 @@ pub(crate) struct Kernel {
 
 impl Kernel {
     /// For a problem that was not declined.
-    pub(crate) fn new(device: &Device, problem: &AttentionProblem) -> Result<Self, BackendError> {
-        let partial: Vec<_> = Variant::all(problem, device.facts()).map(|variant| (variant, OnceLock::new())).collect();
+    pub(crate) fn new(
+        device: &Device,
+        problem: &AttentionProblem,
+        wanted: Option<Multiply>,
+    ) -> Result<Self, BackendError> {
+        let variants = Variant::all(problem, device.facts(), wanted);
+        let partial: Vec<_> = variants.map(|variant| (variant, OnceLock::new())).collect();
         let Some((variant, first)) = partial.first() else {
             return Err(BackendError::Batch("the device's limits leave no tile of rows".into()));
         };
@@ -106,9 +108,9 @@ impl Kernel {
                 })
                 .sum();
             let items = items * u64::from(self.problem.kind.kv_heads());
-            let spans = (items / (RESIDENT * u64::from(plan::SPAN))).min(variant.most_spans().into()) as u32;
+            let spans = (items / (variant.resident() * u64::from(plan::SPAN))).min(variant.most_spans().into()) as u32;
             chosen = Some((*variant, (spans * plan::SPAN).max(1)));
-            if items <= RESIDENT || tile >= most {
+            if items <= variant.resident() || tile >= most {
                 break;
             }
         }
@@ -221,6 +223,7 @@ impl AttentionKernel for Kernel {
                 facts: plan::HEADER as u32,
                 states: round.states,
                 per,
+                zero: 0,
             };
             let own = [Some(io.q), Some(io.k_cache), Some(io.v_cache), Some(states), slopes];
             let ended = endings.into_iter().filter(|_| variant.direct);

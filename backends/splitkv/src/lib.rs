@@ -16,9 +16,13 @@
 //!   before is computed with. Scores and sums leave the matrices through workgroup memory, and are scaled and added by
 //!   ordinary threads in f32; weights are rounded to halves. Many rows cost little more than one.
 //! * `partial.wgsl` on any GPU with subgroups, and for every format. Tiles of 4 rows, up to 16; chunks of 256 keys. 64
-//!   threads serve a tile. They form *streams*, each as wide as a head with 8 elements a thread where subgroups allow: a
-//!   stream takes every so-manieth key of the chunk, reads it with neighbouring 16-byte loads, and keeps an online
-//!   softmax of its own in registers.
+//!   threads serve a tile. They form *streams*, each as wide as a head with 8 elements a thread where subgroups allow. A
+//!   stream takes 4 keys at once, which lie as many apart as there are streams: it reads them with neighbouring 16-byte
+//!   loads and keeps an online softmax of its own in registers. Its threads add up their parts of the scores such that
+//!   each is left with one key's, and weighs that. Where a processor plays the GPU, it is one subgroup that serves up to
+//!   4 tiles and takes 8 keys at once, and a word of each line of the next ones is touched a step ahead.
+//!
+//! The setting `{"splitkv": {"multiply": "matrices" | "lanes" | "narrow"}}` of [`Settings`] makes that choice by hand.
 //!
 //! # What follows
 //! However many sequences and rows there are, a row's chunks, spans, blocks, streams and their order are the same: it has the
@@ -43,6 +47,28 @@ use polyattn_api::{
     AttentionBackend, AttentionKernel, AttentionProblem, BackendError, Capabilities, Decline, Device, DeviceFacts,
     Mask, register_backend,
 };
+use serde::Deserialize;
+
+/// What users can set.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Settings {
+    /// What multiplies; without, the device and the formats decide.
+    pub multiply: Option<Multiply>,
+}
+
+/// What multiplies queries with keys, and weights with values.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum Multiply {
+    /// Cooperative matrices of 16 × 16 halves, which also round weights to halves.
+    Matrices,
+    /// The threads of many subgroups.
+    Lanes,
+    /// The threads of one subgroup, for processors that play the GPU.
+    Narrow,
+}
 
 /// The backend's descriptor.
 #[derive(Clone, Copy, Debug, Default)]
@@ -58,13 +84,39 @@ impl AttentionBackend for SplitKv {
     }
 
     fn declines(&self, problem: &AttentionProblem, device: &DeviceFacts) -> Vec<Decline> {
+        Configured::default().declines(problem, device)
+    }
+
+    fn prepare(&self, device: &Device, problem: &AttentionProblem) -> Result<Arc<dyn AttentionKernel>, BackendError> {
+        Configured::default().prepare(device, problem)
+    }
+
+    fn configured(&self, config: &serde_json::Value) -> Result<Arc<dyn AttentionBackend>, String> {
+        Configured::default().configured(config)
+    }
+}
+
+/// [`SplitKv`] with settings.
+#[derive(Clone, Copy, Debug, Default)]
+struct Configured(Settings);
+
+impl AttentionBackend for Configured {
+    fn name(&self) -> &'static str {
+        SplitKv.name()
+    }
+
+    fn capabilities(&self) -> &Capabilities {
+        SplitKv.capabilities()
+    }
+
+    fn declines(&self, problem: &AttentionProblem, device: &DeviceFacts) -> Vec<Decline> {
         let mut reasons = self.capabilities().declines(problem, device);
         // A sequence's own causality would take the place of its tree, which the kernel holds fixed.
         if problem.per_sequence_causal && problem.mask == Mask::Tree {
             reasons.push(Decline::Other("tree mask with per-sequence causality".into()));
         }
         if reasons.is_empty() {
-            reasons.extend(shader::device_decline(problem, device));
+            reasons.extend(shader::device_decline(problem, device, self.0.multiply));
         }
         reasons
     }
@@ -74,7 +126,12 @@ impl AttentionBackend for SplitKv {
         if !declines.is_empty() {
             return Err(BackendError::Declined(declines));
         }
-        Ok(Arc::new(kernel::Kernel::new(device, problem)?))
+        Ok(Arc::new(kernel::Kernel::new(device, problem, self.0.multiply)?))
+    }
+
+    fn configured(&self, config: &serde_json::Value) -> Result<Arc<dyn AttentionBackend>, String> {
+        let settings = Settings::deserialize(config).map_err(|error| error.to_string())?;
+        Ok(Arc::new(Self(settings)))
     }
 }
 

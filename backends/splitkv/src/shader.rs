@@ -7,7 +7,7 @@ use polyattn_api::{
     device::{Access, wgsl},
 };
 
-use crate::plan;
+use crate::{Multiply, plan};
 
 /// Head dims that lanes divide evenly, with few enough elements a lane.
 pub(crate) const HEAD_DIMS: [u32; 6] = [32, 64, 96, 128, 192, 256];
@@ -15,8 +15,14 @@ pub(crate) const HEAD_DIMS: [u32; 6] = [32, 64, 96, 128, 192, 256];
 /// Threads that serve a tile of four rows.
 const TILE_THREADS: u32 = 64;
 
-/// Keys that a stream has in flight.
+/// Keys that a stream takes at once, one for each of so many of its threads, at the most.
 const KEYS: u32 = 4;
+
+/// The same where a processor plays the GPU.
+const NARROW_KEYS: u32 = 8;
+
+/// Bytes of a line of a processor's cache.
+const LINE: u32 = 64;
 
 /// Keys of a block that cooperative matrices are multiplied with.
 const BLOCK: u32 = 64;
@@ -32,7 +38,11 @@ pub(crate) const LEAST_WORKGROUP_BYTES: u32 =
 const MERGE_THREADS: u32 = 256;
 
 /// Why a device that has subgroups cannot carry the kernel.
-pub(crate) fn device_decline(problem: &AttentionProblem, device: &DeviceFacts) -> Option<Decline> {
+pub(crate) fn device_decline(
+    problem: &AttentionProblem,
+    device: &DeviceFacts,
+    wanted: Option<Multiply>,
+) -> Option<Decline> {
     let (min, max) = (device.subgroup_min, device.subgroup_max);
     if !(min.is_power_of_two() && min >= 4 && max <= TILE_THREADS && max.is_power_of_two()) {
         return Some(Decline::Other(format!("subgroups of {min} to {max}").into()));
@@ -43,39 +53,60 @@ pub(crate) fn device_decline(problem: &AttentionProblem, device: &DeviceFacts) -
         return Some(Decline::Other(what.into()));
     }
     let head_dim = problem.kind.query_dim();
-    let products = Products::Lanes(lanes(head_dim, min));
+    let Some(products) = Products::choose(problem, device, wanted) else {
+        let what = match wanted {
+            Some(Multiply::Matrices) => {
+                "f16 queries and cache, and cooperative matrices of 16 x 16 halves in subgroups of 32"
+            }
+            _ => "subgroups of one width",
+        };
+        return Some(Decline::Other(format!("{what}, which its settings want,").into()));
+    };
     let smallest = Variant { products, tiles: 1, head_dim, direct: false }.workgroup_bytes();
     (smallest > device.limits.workgroup_bytes)
         .then_some(Decline::NeedsWorkgroupMemory { needed: smallest, available: device.limits.workgroup_bytes })
 }
 
-/// What multiplies queries with keys, and weights with values.
+/// What multiplies queries with keys, and weights with values, on a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Products {
     /// So many threads of a subgroup, which share a key's elements; tiles of 4 rows.
     Lanes(u32),
+    /// The same where a processor plays the GPU: one subgroup so wide serves all tiles, because threads that take turns
+    /// hide no latency, and reading an element costs more than multiplying it.
+    Narrow { lanes: u32, width: u32 },
     /// Cooperative matrices of subgroups so wide; tiles of 16 rows.
     Matrices(u32),
 }
 
 impl Products {
-    /// Matrices, where the device has them for the problem's formats. A device and the formats alone decide, so that
-    /// decode and verify are answered alike.
-    fn choose(problem: &AttentionProblem, facts: &DeviceFacts) -> Self {
+    /// Without a wish, matrices where the device has them for the problem's formats. A device and the formats alone
+    /// decide, so that decode and verify are answered alike. `None` where the wish cannot be had.
+    fn choose(problem: &AttentionProblem, facts: &DeviceFacts, wanted: Option<Multiply>) -> Option<Self> {
+        let (min, max) = (facts.subgroup_min, facts.subgroup_max);
+        let lanes = lanes(problem.kind.query_dim(), min);
+        let narrow = (min == max).then_some(Self::Narrow { lanes, width: min });
+        match wanted {
+            Some(Multiply::Matrices) => Self::matrices(problem, facts),
+            Some(Multiply::Lanes) => Some(Self::Lanes(lanes)),
+            Some(Multiply::Narrow) => narrow,
+            None => {
+                let narrow = narrow.filter(|_| !facts.hardware);
+                Self::matrices(problem, facts).or(narrow).or(Some(Self::Lanes(lanes)))
+            }
+        }
+    }
+
+    fn matrices(problem: &AttentionProblem, facts: &DeviceFacts) -> Option<Self> {
         let (min, max) = (facts.subgroup_min, facts.subgroup_max);
         let halves = problem.dtype == DType::F16 && problem.kv_dtype == KvDType::F16;
-        let head_dim = problem.kind.query_dim();
-        let matrices = Self::Matrices(min);
-        let variant = Variant { products: matrices, tiles: 1, head_dim, direct: false };
-        if halves
+        let products = Self::Matrices(min);
+        let variant = Variant { products, tiles: 1, head_dim: problem.kind.query_dim(), direct: false };
+        let has_them = halves
             && facts.has_cooperative_tile(SIDE, DType::F16, DType::F32)
             && facts.has("shader-f16")
-            && (min, max) == (32, 32)
-            && variant.fits(facts)
-        {
-            return matrices;
-        }
-        Self::Lanes(lanes(head_dim, min))
+            && (min, max) == (32, 32);
+        (has_them && variant.fits(facts)).then_some(products)
     }
 }
 
@@ -92,15 +123,20 @@ pub(crate) struct Variant {
 
 impl Variant {
     /// The numbers of tiles that a device's limits allow, smallest first.
-    pub(crate) fn all(problem: &AttentionProblem, facts: &DeviceFacts) -> impl Iterator<Item = Self> {
+    pub(crate) fn all(
+        problem: &AttentionProblem,
+        facts: &DeviceFacts,
+        wanted: Option<Multiply>,
+    ) -> impl Iterator<Item = Self> {
         let head_dim = problem.kind.query_dim();
-        let products = Products::choose(problem, facts);
         let direct = Self::partial_bindings(problem, true).len() <= facts.limits.storage_buffers as usize;
-        let most = if matches!(products, Products::Lanes(_)) { 16 } else { 4 };
-        [1, 2, 4, 8, 16]
-            .into_iter()
-            .filter(move |tiles| *tiles <= most)
-            .map(move |tiles| Self { products, tiles, head_dim, direct })
+        let products = Products::choose(problem, facts, wanted);
+        let tiles = products.into_iter().flat_map(|products| {
+            let most = if matches!(products, Products::Lanes(_)) { 16 } else { 4 };
+            [1, 2, 4, 8, 16].into_iter().filter(move |tiles| *tiles <= most).map(move |tiles| (products, tiles))
+        });
+        tiles
+            .map(move |(products, tiles)| Self { products, tiles, head_dim, direct })
             .filter(|variant| variant.fits(facts))
     }
 
@@ -111,7 +147,7 @@ impl Variant {
     /// Rows of a work item.
     pub(crate) const fn rows(self) -> u32 {
         match self.products {
-            Products::Lanes(_) => self.tiles * 4,
+            Products::Lanes(_) | Products::Narrow { .. } => self.tiles * 4,
             Products::Matrices(_) => self.tiles * SIDE,
         }
     }
@@ -119,7 +155,7 @@ impl Variant {
     /// Positions of a chunk. Fixed, so that a row's arithmetic does not depend on its company.
     pub(crate) const fn chunk(self) -> u32 {
         match self.products {
-            Products::Lanes(_) => 256,
+            Products::Lanes(_) | Products::Narrow { .. } => 256,
             // As many bytes for narrow heads as for wide ones, so that there are as many items.
             Products::Matrices(_) if self.head_dim <= 64 => 256,
             Products::Matrices(_) => 512,
@@ -129,14 +165,24 @@ impl Variant {
     /// Spans that one work item may take; where it may not take one, it takes a chunk.
     pub(crate) const fn most_spans(self) -> u32 {
         match self.products {
-            Products::Lanes(_) => 0,
+            Products::Lanes(_) | Products::Narrow { .. } => 0,
             Products::Matrices(_) => 4,
+        }
+    }
+
+    /// Work items that run at once, about. No adapter tells its number of cores; this suits large GPUs and small ones.
+    /// Results do not depend on it.
+    pub(crate) const fn resident(self) -> u64 {
+        match self.products {
+            Products::Narrow { .. } => 16,
+            Products::Lanes(_) | Products::Matrices(_) => 256,
         }
     }
 
     const fn threads(self) -> u32 {
         match self.products {
             Products::Lanes(_) => self.tiles * TILE_THREADS,
+            Products::Narrow { width, .. } => width,
             Products::Matrices(_) => {
                 // As many as divide the 16-byte units of a block among them.
                 if self.tiles == 4 && (BLOCK * self.head_dim / 8).is_multiple_of(512) { 512 } else { 256 }
@@ -166,11 +212,8 @@ impl Variant {
 
     const fn workgroup_bytes(self) -> u32 {
         match self.products {
-            // Sums on their way to be merged, of half the streams; highest score and sum of each stream.
-            Products::Lanes(lanes) => {
-                let streams = TILE_THREADS / lanes;
-                self.tiles * 16 * (streams.div_ceil(2) * self.head_dim + 2 * streams)
-            }
+            Products::Lanes(lanes) => self.tiles * self.tile_bytes(TILE_THREADS / lanes),
+            Products::Narrow { lanes, width } => self.tile_bytes(width / lanes),
             // Keys and values, weights, scores or sums, places.
             Products::Matrices(_) => {
                 let tile = BLOCK * (self.head_dim + 8) * if self.apart() { 4 } else { 2 };
@@ -180,6 +223,11 @@ impl Variant {
                 tile + self.rows() * ((BLOCK + 8) * 2 + products) + BLOCK * 8
             }
         }
+    }
+
+    /// Sums on their way to be merged, of half the streams; highest score and sum of each stream.
+    const fn tile_bytes(self, streams: u32) -> u32 {
+        16 * (streams.div_ceil(2) * self.head_dim + 2 * streams)
     }
 
     /// The bindings of [`partial`](Self::partial), which ends sequences of one chunk where it is `direct`.
@@ -206,13 +254,13 @@ impl Variant {
     /// The shader that answers a chunk.
     pub(crate) fn partial(self, problem: &AttentionProblem) -> String {
         let mut text = match self.products {
-            Products::Lanes(_) => wgsl::PREAMBLE.to_owned(),
+            Products::Lanes(_) | Products::Narrow { .. } => wgsl::PREAMBLE.to_owned(),
             Products::Matrices(_) => "enable f16;\nenable wgpu_cooperative_matrix;\n".to_owned(),
         };
         text += BATCH_WGSL;
         text += problem.kv_layout.wgsl();
         text += &place_of(problem);
-        self.constants(&mut text);
+        self.constants(&mut text, problem);
         flags(
             &mut text,
             &[
@@ -242,14 +290,14 @@ impl Variant {
         text += include_str!("call.wgsl");
         endings(&mut text, problem, self.direct.then_some(next));
         match self.products {
-            Products::Lanes(_) => {
+            Products::Lanes(_) | Products::Narrow { .. } => {
                 text += &wgsl::storage_loader(1, "q", problem.dtype);
                 text += &problem.kv_dtype.loaders_wgsl(&[(2, "k"), (3, "v")]);
                 text += include_str!("partial.wgsl");
+                wgsl::unroll(&text)
             }
-            Products::Matrices(_) => text += &self.cooperative(),
+            Products::Matrices(_) => text + &self.cooperative(),
         }
-        text
     }
 
     /// The text of cooperative.wgsl. What it does with matrices is unrolled, because no index into them may be left for
@@ -291,17 +339,28 @@ impl Variant {
             .replace("SUM\n", &format!("var sum = coop_mat16x16<f32, C>();\n{sum}"))
     }
 
-    fn constants(self, text: &mut String) {
-        let own = match self.products {
-            Products::Lanes(lanes) => vec![
-                ("TILE_THREADS", TILE_THREADS),
+    fn constants(self, text: &mut String, problem: &AttentionProblem) {
+        let line = LINE / problem.kv_dtype.bytes() as u32;
+        let streams = |lanes: u32, threads: u32, [groups, tiles, keys]: [u32; 3]| {
+            let eights = self.head_dim / (8 * lanes);
+            vec![
+                ("GROUPS", groups),
+                ("TILES", tiles),
+                ("THREADS", threads),
                 ("LANES", lanes),
-                ("STREAMS", TILE_THREADS / lanes),
-                ("EIGHTS", self.head_dim / (8 * lanes)),
-                ("KEYS", KEYS),
-            ],
+                ("STREAMS", threads / lanes),
+                ("EIGHTS", eights),
+                ("ELEMENTS", 8 * eights),
+                ("KEYS", keys.min(lanes)),
+                ("LINE", line),
+            ]
+        };
+        let own = match self.products {
+            Products::Lanes(lanes) => streams(lanes, TILE_THREADS, [self.tiles, 1, KEYS]),
+            Products::Narrow { lanes, width } => streams(lanes, width, [1, self.tiles, NARROW_KEYS]),
             Products::Matrices(width) => {
                 vec![
+                    ("TILES", self.tiles),
                     ("THREADS", self.threads()),
                     ("ROW_THREADS", self.row_threads()),
                     ("WIDTH", width),
@@ -310,19 +369,29 @@ impl Variant {
                 ]
             }
         };
-        let both = [("TILES", self.tiles), ("CHUNK", self.chunk()), ("SPAN", plan::SPAN), ("HEAD_DIM", self.head_dim)];
+        let both = [("CHUNK", self.chunk()), ("HEAD_DIM", self.head_dim)];
         for (name, value) in own.into_iter().chain(both) {
             let _ = writeln!(text, "const {name}: u32 = {value}u;");
         }
-        if matches!(self.products, Products::Matrices(_)) {
-            flags(text, &[("SPLIT", self.split()), ("APART", self.apart())]);
+        match self.products {
+            Products::Lanes(_) => flags(text, &[("PREFETCH", false)]),
+            Products::Narrow { .. } => flags(text, &[("PREFETCH", true)]),
+            Products::Matrices(_) => flags(text, &[("SPLIT", self.split()), ("APART", self.apart())]),
+        }
+    }
+
+    /// Groups of merging threads; each takes every so-manieth span. Where threads take turns, one group does it sooner.
+    fn merge_groups(self) -> u32 {
+        match self.products {
+            Products::Narrow { .. } => 1,
+            Products::Lanes(_) | Products::Matrices(_) => 1 << (MERGE_THREADS / (self.head_dim / 4)).ilog2(),
         }
     }
 
     /// The shader that merges a row's chunks.
     pub(crate) fn merge(self, problem: &AttentionProblem) -> String {
         let mut text = BATCH_WGSL.to_owned();
-        let (vectors, groups) = (self.head_dim / 4, merge_groups(self.head_dim));
+        let (vectors, groups) = (self.head_dim / 4, self.merge_groups());
         for (name, value) in [
             ("HEAD_DIM", self.head_dim),
             ("VECTORS", vectors),
@@ -401,12 +470,6 @@ fn lanes(head_dim: u32, subgroup: u32) -> u32 {
     lanes
 }
 
-/// Groups of merging threads; each takes every so-manieth chunk.
-pub(crate) const fn merge_groups(head_dim: u32) -> u32 {
-    let most = MERGE_THREADS / (head_dim / 4);
-    1 << most.ilog2()
-}
-
 /// The variants there are, for tests.
 #[cfg(test)]
 pub(crate) fn variants() -> impl Iterator<Item = (Variant, AttentionProblem)> {
@@ -449,8 +512,11 @@ pub(crate) fn variants() -> impl Iterator<Item = (Variant, AttentionProblem)> {
             .clone()
             .filter(|facts| facts.subgroup_min == 32)
             .map(|facts| facts.with_feature("shader-f16").with_cooperative_tile(SIDE, DType::F16, DType::F32));
-        scalar.chain(matrices).flat_map(move |facts| {
-            let all = Variant::all(&problem, &facts).filter(|variant| !featured || variant.tiles <= 2);
+        let narrow = scalar.clone().filter(move |facts| featured || facts.subgroup_min <= 8);
+        let of = |wanted| move |facts| (facts, wanted);
+        let every = scalar.chain(matrices).map(of(None)).chain(narrow.map(of(Some(Multiply::Narrow))));
+        every.flat_map(move |(facts, wanted)| {
+            let all = Variant::all(&problem, &facts, wanted).filter(|variant| !featured || variant.tiles <= 2);
             all.map(|variant| (variant, problem.clone())).collect::<Vec<_>>()
         })
     })

@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a failing test may panic")]
 
-use std::path::Path;
+use std::{path::Path, sync::Arc};
 
 use polyattn_api::{
     AttentionBackend, AttentionIo, AttentionKind, AttentionProblem, BackendError, BatchLayout, DType, Decline, Device,
@@ -23,6 +23,11 @@ fn gpu() -> Option<Device> {
     let device = Device::open(&DeviceChoice::Gpu).inspect_err(|error| eprintln!("skipped: {error}")).ok()?;
     let reasons = SplitKv.declines(&AttentionProblem::new(gqa(2, 1, 64), DType::F16), device.facts());
     reasons.first().map(|reason| eprintln!("skipped: {reason}")).is_none().then_some(device)
+}
+
+/// The backend as it chooses, and with the threads of many subgroups, which it leaves to GPUs without matrices.
+fn both() -> [Arc<dyn AttentionBackend>; 2] {
+    [Arc::new(SplitKv), SplitKv.configured(&serde_json::json!({ "multiply": "lanes" })).unwrap()]
 }
 
 #[test]
@@ -82,10 +87,12 @@ fn random_problems() {
     for (seed, spec) in specs.iter().enumerate() {
         let mut case = random::case(seed as u64, spec);
         case.problem.phase = Phase::Verify;
-        let outcome = case.run(&device, &SplitKv).unwrap();
-        let comparison = Comparison::of(&case, &outcome).unwrap();
-        assert!(comparison.within_tolerance, "{spec:?}: {comparison:?}");
-        assert_eq!(case.run(&device, &SplitKv).unwrap().out, outcome.out, "{spec:?}");
+        for backend in both() {
+            let outcome = case.run(&device, &*backend).unwrap();
+            let comparison = Comparison::of(&case, &outcome).unwrap();
+            assert!(comparison.within_tolerance, "{spec:?}: {comparison:?}");
+            assert_eq!(case.run(&device, &*backend).unwrap().out, outcome.out, "{spec:?}");
+        }
     }
 }
 
@@ -143,11 +150,13 @@ fn a_verify_row_has_the_bits_of_its_decode_call() {
     let halves = Spec { dtype: DType::F16, kv_dtype: KvDType::F16, ..rich.clone() };
     let many = Spec::new(gqa(8, 2, 128), DType::F16, &[(40, 1600), (1, 700), (7, 512), (1, 3)]);
     let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
-    for (seed, spec) in [plain, rich, halves, many].iter().enumerate() {
+    let specs = [plain, rich, halves, many];
+    let every = specs.iter().enumerate().flat_map(|spec| both().map(|backend| (spec, backend)));
+    for ((seed, spec), backend) in every {
         let kind = spec.kind;
         let mut case = random::case(seed as u64, spec);
         case.problem.phase = Phase::Verify;
-        let all = case.run(&device, &SplitKv).unwrap();
+        let all = case.run(&device, &*backend).unwrap();
         assert!(Comparison::of(&case, &all).unwrap().within_tolerance);
         let (row, heads) = ((kind.query_heads() * kind.output_dim()) as usize, kind.query_heads() as usize);
         for sequence in [0, 1, 3] {
@@ -156,7 +165,7 @@ fn a_verify_row_has_the_bits_of_its_decode_call() {
                 if first + count > queries {
                     continue;
                 }
-                let one = alone(&case, sequence, first, count).run(&device, &SplitKv).unwrap();
+                let one = alone(&case, sequence, first, count).run(&device, &*backend).unwrap();
                 let place = (start + first) as usize;
                 let want = &all.out[place * row..][..count as usize * row];
                 assert_eq!(bits(&one.out), bits(want), "{spec:?} rows {first}, {count}");
@@ -210,6 +219,16 @@ fn is_registered_and_declines_what_it_does_not_serve() {
     small.limits.workgroup_bytes = 2 << 10;
     assert!(matches!(SplitKv.declines(&problem, &small)[..], [Decline::NeedsWorkgroupMemory { .. }]));
     assert_eq!(SplitKv.declines(&problem, &DeviceFacts::cpu()), [Decline::NeedsGpu]);
+    let configured = |multiply: &str| SplitKv.configured(&serde_json::json!({ "multiply": multiply }));
+    let reason = |multiply, facts: &DeviceFacts| configured(multiply).unwrap().declines(&problem, facts)[0].to_string();
+    let want = "f16 queries and cache, and cooperative matrices of 16 x 16 halves in subgroups of 32, which its settings \
+                want, not supported";
+    assert_eq!(reason("matrices", &facts), want);
+    let widths = facts.clone().with_subgroups(8, 32);
+    assert_eq!(reason("narrow", &widths), "subgroups of one width, which its settings want, not supported");
+    assert!(configured("lanes").unwrap().declines(&problem, &widths).is_empty());
+    let error = configured("tensor").unwrap_err();
+    assert!(error.contains("unknown variant `tensor`, expected one of `matrices`, `lanes`, `narrow`"), "{error}");
     assert!(matches!(SplitKv.prepare(&Device::cpu(), &problem), Err(BackendError::Declined(_))));
 }
 

@@ -79,6 +79,107 @@ fn widen_e4m3x2(upper: u32) -> vec2<f32> { let m = (upper & 0x7f007f00u) >> 1u; 
 fn widen_e4m3x4(w: u32) -> vec4<f32> { return vec4<f32>(widen_e4m3x2(((w & 0xffu) << 8u) | ((w & 0xff00u) << 16u)), widen_e4m3x2(((w >> 8u) & 0xff00u) | (w & 0xff000000u))); }
 ";
 
+/// Writes out the loops of a shader whose first line ends in `// unroll`, for compilers that would leave arrays they index
+/// out of registers: `for (var i = FIRST; i < END; i++) {`. The ends are products and quotients of numbers and of the
+/// text's `const NAME: u32 = …;` before the loop. Any other loop stays one.
+#[must_use]
+pub fn unroll(text: &str) -> String {
+    let mut constants = Vec::new();
+    unrolled(text, &mut constants)
+}
+
+const UNROLL: &str = "// unroll";
+
+fn unrolled<'a>(text: &'a str, constants: &mut Vec<(&'a str, u32)>) -> String {
+    let mut out = String::new();
+    let mut rest = text;
+    while let Some(end) = rest.find('\n').map(|end| end + 1).or((!rest.is_empty()).then_some(rest.len())) {
+        let line = rest[..end].trim_end();
+        if let Some(constant) = line.strip_prefix("const ").and_then(|line| line.strip_suffix(';'))
+            && let Some((name, value)) = constant.split_once(": u32 = ")
+            && let Some(value) = evaluate(value, constants)
+        {
+            constants.push((name, value));
+        }
+        let Some((name, range, behind, body)) = line.ends_with(UNROLL).then(|| marked(rest, end, constants)).flatten()
+        else {
+            out += &rest[..end];
+            rest = &rest[end..];
+            continue;
+        };
+        for value in range {
+            let body = substitute(body, name, &format!("{value}u"));
+            out += "{";
+            out += &unrolled(&body, &mut constants.clone());
+            out += "}\n";
+        }
+        rest = behind;
+    }
+    out
+}
+
+/// A marked loop at the beginning of a text, whose first line has `line` bytes: its variable's name and values, what
+/// follows it, and its body.
+fn marked<'a>(
+    text: &'a str,
+    line: usize,
+    constants: &[(&str, u32)],
+) -> Option<(&'a str, std::ops::Range<u32>, &'a str, &'a str)> {
+    let head = text.trim_start().strip_prefix("for (var ")?;
+    let (name, head) = head.split_once(" = ")?;
+    let (first, head) = head.split_once(&format!("; {name} < "))?;
+    let (end, head) = head.split_once(&format!("; {name}++) {{"))?;
+    let range = evaluate(first, constants)?..evaluate(end, constants)?;
+    let mut depth = 1u32;
+    let close = head.char_indices().find_map(|(at, c)| {
+        match c {
+            '{' => depth += 1,
+            '}' => depth -= 1,
+            _ => {}
+        }
+        (depth == 0).then_some(at)
+    })?;
+    // A loop of one line has its mark behind the body, a longer one before it.
+    let body = text.len() - head.len();
+    let body = if body + close < line { &head[..close] } else { &text[line..body + close] };
+    let behind = head[close + 1..].trim_start_matches(' ');
+    Some((name, range, behind.strip_prefix(UNROLL).unwrap_or(behind), body))
+}
+
+/// Products and quotients of numbers and constants, from left to right.
+fn evaluate(text: &str, constants: &[(&str, u32)]) -> Option<u32> {
+    let mut value = 1u32;
+    let mut divides = false;
+    for word in text.split(' ') {
+        match word {
+            "*" => divides = false,
+            "/" => divides = true,
+            _ => {
+                let number = word.strip_suffix('u').and_then(|number| number.parse().ok());
+                let constant = || constants.iter().find(|(name, _)| *name == word).map(|(_, value)| *value);
+                let number: u32 = number.or_else(constant)?;
+                value = if divides { value.checked_div(number)? } else { value.checked_mul(number)? };
+            }
+        }
+    }
+    Some(value)
+}
+
+/// The text with a variable's value in place of its name.
+fn substitute(text: &str, name: &str, value: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    let is_word = |c: char| c.is_ascii_alphanumeric() || c == '_';
+    let mut rest = text;
+    while let Some(start) = rest.find(is_word) {
+        let end = rest[start..].find(|c| !is_word(c)).map_or(rest.len(), |length| start + length);
+        let is_member = rest[..start].ends_with('.');
+        out += &rest[..start];
+        out += if &rest[start..end] == name && !is_member { value } else { &rest[start..end] };
+        rest = &rest[end..];
+    }
+    out + rest
+}
+
 fn widen_name(dtype: DType) -> &'static str {
     match dtype {
         DType::BF16 => "widen_bf16x2",
@@ -100,5 +201,54 @@ pub fn narrow2(dtype: DType, expression: &str) -> String {
     match dtype {
         DType::BF16 => format!("narrow_bf16x2({expression})"),
         _ => format!("pack2x16float({expression})"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn marked_loops_are_written_out() {
+        let text = "\
+const TILES: u32 = 2u;
+const ALL: u32 = 6u;
+for (var t = 0u; t < TILES; t++) { // unroll
+    a.t[t] = ut + 1u;
+    for (var u = t * 2u; u < ALL / TILES; u++) { b[t][u] += 1.0; } // unroll
+}
+for (var kept = 0u; kept < TILES; kept++) { c[kept] = 0.0; }
+for (var kept = 0u; kept < unknown; kept++) { d[kept] = 0.0; } // unroll
+";
+        let want = "\
+const TILES: u32 = 2u;
+const ALL: u32 = 6u;
+{    a.t[0u] = ut + 1u;
+{ b[0u][0u] += 1.0; }
+{ b[0u][1u] += 1.0; }
+{ b[0u][2u] += 1.0; }
+}
+{    a.t[1u] = ut + 1u;
+{ b[1u][2u] += 1.0; }
+}
+for (var kept = 0u; kept < TILES; kept++) { c[kept] = 0.0; }
+for (var kept = 0u; kept < unknown; kept++) { d[kept] = 0.0; } // unroll
+";
+        let lines = |text: &str| text.lines().filter(|line| !line.is_empty()).map(str::to_owned).collect::<Vec<_>>();
+        assert_eq!(lines(&unroll(text)), lines(want));
+    }
+
+    #[test]
+    fn loops_that_are_not_understood_stay() {
+        for text in [
+            "for (var i = 0u; i < 2u; i++) { a(); // unroll",
+            "for (var i = 0u; i < 2u / 0u; i++) { a(); } // unroll",
+            "for (var i = 0u; i < 4294967295u * 2u; i++) { a(); } // unroll",
+            "for (var i = 0u; i <= 2u; i++) { a(); } // unroll\n",
+            "while (true) { a(); } // unroll\n",
+            "// unroll",
+        ] {
+            assert_eq!(unroll(text), text);
+        }
     }
 }
