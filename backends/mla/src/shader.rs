@@ -120,7 +120,7 @@ impl Variant {
             }
             #[cfg(test)]
             Products::Emulated(matrices) => {
-                text += include_str!("emulated.wgsl");
+                text += &polyattn_replay::emulated_matrices(("stage", "STRIDE"), &[("sum", "scratch", "4u")]);
                 matrices
             }
         };
