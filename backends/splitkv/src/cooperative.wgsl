@@ -26,17 +26,15 @@ const WEIGHT_STRIDE: u32 = (KEYS + 8u) / 4u;
 const SCORE_STRIDE: u32 = (KEYS + 8u) / 4u;
 const SUM_STRIDE: u32 = (SLICE + 8u) / 4u;
 const SCORES: u32 = ROWS * SCORE_STRIDE;
-const ALL_SCORES: u32 = SCORES * select(1u, 2u, SPLIT);
 // Values have a tile of their own, where there is room, or that of the keys.
 const VALUES: u32 = select(0u, KEYS * TILE_STRIDE, APART);
 
 // First the rows' queries, then the block's keys and values.
 var<workgroup> tile: array<vec4<f16>, KEYS * TILE_STRIDE * select(1u, 2u, APART)>;
 var<workgroup> weights: array<vec4<f16>, ROWS * WEIGHT_STRIDE>;
-// A block's scores, those of the halves apart where a subgroup has one half; then, or behind them, its sums.
-const SUMS: u32 = select(0u, ALL_SCORES, DEEP);
-var<workgroup> products: array<vec4<f32>, max(ALL_SCORES, SUMS + ROWS * SUM_STRIDE)>;
-// Where the keys of the next two blocks lie, in units.
+// The block's scores, those of the halves apart where a subgroup has one half; then its sums.
+var<workgroup> products: array<vec4<f32>, max(SCORES * select(1u, 2u, SPLIT), ROWS * SUM_STRIDE)>;
+// Where the keys of this block and of the next one lie, in units.
 var<workgroup> places: array<u32, 2u * KEYS>;
 
 fn lay(at: u32, unit: vec4<u32>) {
@@ -128,32 +126,45 @@ fn attend(
     }
     workgroupBarrier();
 
-    // The first block's scores; those of any other are computed when the block before has been weighed. Places are looked
-    // up a block ahead of their use, and laid down when those before them have served.
+    let only = is_only_chunk(sequence);
     var base = start;
     var here = 0u;
-    var ahead = KEYS;
-    var far_place = 0u;
-    if (thread < KEYS) {
-        far_place = place_of(sequence, clamp(base + 2u * KEYS + thread, item_lo, item_hi - 1u), kv_head) * UNITS;
-    }
-    LAY_KEYS
-    if (APART && !DEEP) {
-        LAY_VALUES
-    }
-    workgroupBarrier();
-    if (thread < KEYS) { places[thread] = far_place; }
-    SCORES
-    workgroupBarrier();
-
-    let only = is_only_chunk(sequence);
-    let run_end = min(chunks.y * CHUNK, item_hi);
     for (var chunk = chunks.x; chunk < chunks.y; chunk++) {
         let end = min((chunk + 1u) * CHUNK, item_hi);
         for (; base < end; base += KEYS) {
+            // Looked up a block ahead of their use, and laid down behind the scores.
+            var far_place = 0u;
             if (thread < KEYS) {
-                far_place = place_of(sequence, clamp(base + 3u * KEYS + thread, item_lo, item_hi - 1u), kv_head) * UNITS;
+                far_place = place_of(sequence, clamp(base + 2u * KEYS + thread, item_lo, item_hi - 1u), kv_head) * UNITS;
             }
+            for (var p = 0u; p < PIECES; p++) {
+                let i = thread + p * THREADS;
+                lay(i / UNITS * TILE_STRIDE + i % UNITS * 2u, next_keys[p]);
+            }
+            for (var p = 0u; p < PIECES; p++) {
+                let i = thread + p * THREADS;
+                next_keys[p] = k[places[KEYS - here + i / UNITS] + i % UNITS];
+            }
+            if (APART) {
+                for (var p = 0u; p < PIECES; p++) {
+                    let i = thread + p * THREADS;
+                    lay(VALUES + i / UNITS * TILE_STRIDE + i % UNITS * 2u, next_values[p]);
+                }
+                for (var p = 0u; p < PIECES; p++) {
+                    let i = thread + p * THREADS;
+                    next_values[p] = v[places[KEYS - here + i / UNITS] + i % UNITS];
+                }
+            }
+            workgroupBarrier();
+
+            for (var t = share % 4u; t < KEYS / 16u; t += min(SHARING, 4u)) {
+                let keys_at = t * 16u * TILE_STRIDE + half * HALF;
+                SCORE
+                let to = half * SCORES + rows_at * SCORE_STRIDE + t * 4u;
+                store_scores(score, to);
+            }
+            workgroupBarrier();
+
             for (var p = 0u; p < PASSES; p++) {
                 let row = p * ROWS_AT_ONCE + thread / ROW_THREADS;
                 var x: array<vec4<f32>, PARTS>;
@@ -189,28 +200,28 @@ fn attend(
                     weights[row * WEIGHT_STRIDE + h * ROW_THREADS + lane] = vec4<f16>(x[h]);
                 }
             }
-            if (DEEP) {
-                ahead = here;
-                LAY_KEYS
+            if (!APART) {
+                for (var p = 0u; p < PIECES; p++) {
+                    let i = thread + p * THREADS;
+                    lay(i / UNITS * TILE_STRIDE + i % UNITS * 2u, next_values[p]);
+                }
+                for (var p = 0u; p < PIECES; p++) {
+                    let i = thread + p * THREADS;
+                    next_values[p] = v[places[KEYS - here + i / UNITS] + i % UNITS];
+                }
             }
-            if (DEEP || !APART) {
-                ahead = KEYS - here;
-                LAY_VALUES
-            }
+            if (thread < KEYS) { places[here + thread] = far_place; }
+            here = KEYS - here;
             workgroupBarrier();
 
-            if (thread < KEYS) { places[KEYS - here + thread] = far_place; }
             let weights_at = rows_at * WEIGHT_STRIDE;
             LOAD_WEIGHTS
             for (var s = 0u; s < SLICES; s++) {
                 for (var t = share; t < SLICE / 16u; t += SHARING) {
                     let values_at = VALUES + s * SLICE / 4u + t * 4u;
                     SUM
-                    let to = SUMS + rows_at * SUM_STRIDE + t * 4u;
+                    let to = rows_at * SUM_STRIDE + t * 4u;
                     store_sum(sum, to);
-                }
-                if (DEEP && base + KEYS < run_end) {
-                    SCORES
                 }
                 workgroupBarrier();
                 for (var p = 0u; p < PASSES; p++) {
@@ -218,24 +229,13 @@ fn attend(
                     for (var i = 0u; i < SLICE_VECTORS; i++) {
                         let at = p * VECTORS + s * SLICE_VECTORS + i;
                         if (SLICE % STRETCH == 0u || (i * ROW_THREADS + lane) * 4u < SLICE) {
-                            let sum = products[SUMS + row * SUM_STRIDE + i * ROW_THREADS + lane];
+                            let sum = products[row * SUM_STRIDE + i * ROW_THREADS + lane];
                             sums[at] = fma(sums[at], vec4<f32>(shrink[p]), sum);
                         }
                     }
                 }
                 if (s + 1u < SLICES) { workgroupBarrier(); }
             }
-            if (!DEEP && base + KEYS < run_end) {
-                ahead = here;
-                LAY_KEYS
-                if (APART) {
-                    LAY_VALUES
-                }
-                workgroupBarrier();
-                SCORES
-                workgroupBarrier();
-            }
-            here = KEYS - here;
         }
 
         // The chunk joins its span; what is whole becomes a state, or the answer. The next chunk starts anew.
@@ -289,32 +289,4 @@ fn attend(
             }
         }
     }
-}
-
-// What stands for its name above: the next block's keys or values are laid down, and those behind them fetched; the scores
-// of the keys that lie there.
-//: LAY_KEYS
-for (var p = 0u; p < PIECES; p++) {
-    let i = thread + p * THREADS;
-    lay(i / UNITS * TILE_STRIDE + i % UNITS * 2u, next_keys[p]);
-}
-for (var p = 0u; p < PIECES; p++) {
-    let i = thread + p * THREADS;
-    next_keys[p] = k[places[ahead + i / UNITS] + i % UNITS];
-}
-//: LAY_VALUES
-for (var p = 0u; p < PIECES; p++) {
-    let i = thread + p * THREADS;
-    lay(VALUES + i / UNITS * TILE_STRIDE + i % UNITS * 2u, next_values[p]);
-}
-for (var p = 0u; p < PIECES; p++) {
-    let i = thread + p * THREADS;
-    next_values[p] = v[places[ahead + i / UNITS] + i % UNITS];
-}
-//: SCORES
-for (var t = share % 4u; t < KEYS / 16u; t += min(SHARING, 4u)) {
-    let keys_at = t * 16u * TILE_STRIDE + half * HALF;
-    SCORE
-    let to = half * SCORES + rows_at * SCORE_STRIDE + t * 4u;
-    store_scores(score, to);
 }

@@ -32,7 +32,7 @@ const SIDE: u32 = 16;
 
 /// Workgroup memory of one tile of the smallest head dim.
 pub(crate) const LEAST_WORKGROUP_BYTES: u32 =
-    Variant { products: Products::Lanes(8), tiles: 1, head_dim: 64, direct: false, deep: false }.workgroup_bytes();
+    Variant { products: Products::Lanes(8), tiles: 1, head_dim: 64, direct: false }.workgroup_bytes();
 
 /// Threads of a merging workgroup at the most.
 const MERGE_THREADS: u32 = 256;
@@ -62,7 +62,7 @@ pub(crate) fn device_decline(
         };
         return Some(Decline::Other(format!("{what}, which its settings want,").into()));
     };
-    let smallest = Variant { products, tiles: 1, head_dim, direct: false, deep: false }.workgroup_bytes();
+    let smallest = Variant { products, tiles: 1, head_dim, direct: false }.workgroup_bytes();
     (smallest > device.limits.workgroup_bytes)
         .then_some(Decline::NeedsWorkgroupMemory { needed: smallest, available: device.limits.workgroup_bytes })
 }
@@ -140,7 +140,7 @@ impl Products {
         let (min, max) = (facts.subgroup_min, facts.subgroup_max);
         let halves = problem.dtype == DType::F16 && problem.kv_dtype == KvDType::F16;
         let products = Self::Matrices(Matrices::new(min));
-        let variant = Variant { products, tiles: 1, head_dim: problem.kind.query_dim(), direct: false, deep: false };
+        let variant = Variant { products, tiles: 1, head_dim: problem.kind.query_dim(), direct: false };
         let has_them = halves
             && facts.has_cooperative_tile(SIDE, DType::F16, DType::F32)
             && facts.has("shader-f16")
@@ -158,8 +158,6 @@ pub(crate) struct Variant {
     pub(crate) head_dim: u32,
     /// Whether a sequence of one chunk is answered without merging.
     pub(crate) direct: bool,
-    /// Whether a block is weighed while the next one's scores are computed, which takes more workgroup memory.
-    pub(crate) deep: bool,
 }
 
 impl Variant {
@@ -177,15 +175,8 @@ impl Variant {
             [1, 2, 4, 8, 16].into_iter().filter(move |tiles| *tiles <= most).map(move |tiles| (products, tiles))
         });
         tiles
-            .map(move |(products, tiles)| Self { products, tiles, head_dim, direct, deep: false })
-            .map(|variant| if variant.deepened().fits(facts) { variant.deepened() } else { variant })
+            .map(move |(products, tiles)| Self { products, tiles, head_dim, direct })
             .filter(|variant| variant.fits(facts))
-    }
-
-    /// Computing scores ahead, where it can: keys and values apart, and sums of all columns at once.
-    fn deepened(self) -> Self {
-        let is_able = matches!(self.products, Products::Matrices(_)) && self.apart() && self.slice() == self.head_dim;
-        Self { deep: is_able, ..self }
     }
 
     fn fits(self, facts: &DeviceFacts) -> bool {
@@ -268,11 +259,7 @@ impl Variant {
                 let tile = BLOCK * (self.head_dim + 8) * if self.apart() { 4 } else { 2 };
                 let scores = (BLOCK + 8) * if self.split() { 8 } else { 4 };
                 let sums = (self.slice() + 8) * 4;
-                let products = match self.deep {
-                    true => scores + sums,
-                    false if scores > sums => scores,
-                    false => sums,
-                };
+                let products = if scores > sums { scores } else { sums };
                 tile + self.rows() * ((BLOCK + 8) * 2 + products) + BLOCK * 8
             }
         }
@@ -378,15 +365,11 @@ impl Variant {
         let sum = lines(blocks, &|i| {
             format!("sum = multiply(w{i}, values_tile(values_at + {}u * TILE_STRIDE), sum);\n", i * SIDE)
         });
-        let mut parts = include_str!("cooperative.wgsl").split("//: ");
-        let mut text = parts.next().unwrap_or_default().to_owned();
-        for (name, part) in parts.filter_map(|part| part.split_once('\n')) {
-            text = text.replace(&format!(" {name}\n"), &format!(" {part}"));
-        }
-        text.replace(" LOAD_QUERIES\n", &queries)
-            .replace(" SCORE\n", &score)
-            .replace(" LOAD_WEIGHTS\n", &weights)
-            .replace(" SUM\n", &format!("var sum = no_sum();\n{sum}"))
+        include_str!("cooperative.wgsl")
+            .replace("LOAD_QUERIES\n", &queries)
+            .replace("SCORE\n", &score)
+            .replace("LOAD_WEIGHTS\n", &weights)
+            .replace("SUM\n", &format!("var sum = no_sum();\n{sum}"))
     }
 
     fn constants(self, text: &mut String, problem: &AttentionProblem) {
@@ -426,7 +409,7 @@ impl Variant {
         match self.products {
             Products::Lanes(_) => flags(text, &[("PREFETCH", false)]),
             Products::Narrow { .. } => flags(text, &[("PREFETCH", true)]),
-            Products::Matrices(_) => flags(text, &[("SPLIT", self.split()), ("APART", self.apart()), ("DEEP", self.deep)]),
+            Products::Matrices(_) => flags(text, &[("SPLIT", self.split()), ("APART", self.apart())]),
         }
     }
 
