@@ -120,7 +120,7 @@ impl Variant {
             }
             #[cfg(test)]
             Products::Emulated(matrices) => {
-                text += &polyattn_replay::emulated_matrices(("stage", "STRIDE"), &[("sum", "scratch", "4u")]);
+                text += include_str!("emulated.wgsl");
                 matrices
             }
         };

@@ -67,8 +67,8 @@ fn attend(
     let start = begin + (max(item_lo, begin) - begin) / KEYS * KEYS;
     // Keys that no row sees give way to one that some row sees: what lies there may be anything, even under a weight of
     // zero.
-    for (var i = thread; i < 2u * KEYS; i += THREADS) {
-        places[i] = place_of(sequence, clamp(start + i, item_lo, item_hi - 1u), kv_head) * UNITS;
+    if (thread < 2u * KEYS) {
+        places[thread] = place_of(sequence, clamp(start + thread, item_lo, item_hi - 1u), kv_head) * UNITS;
     }
     for (var i = thread; i < ROWS * UNITS; i += THREADS) {
         let row = first + i / UNITS;
@@ -161,7 +161,7 @@ fn attend(
                 let keys_at = t * 16u * TILE_STRIDE + half * HALF;
                 SCORE
                 let to = half * SCORES + rows_at * SCORE_STRIDE + t * 4u;
-                store_scores(score, to);
+                coopStoreT(score, &products[to], SCORE_STRIDE);
             }
             workgroupBarrier();
 
@@ -221,7 +221,7 @@ fn attend(
                     let values_at = VALUES + s * SLICE / 4u + t * 4u;
                     SUM
                     let to = rows_at * SUM_STRIDE + t * 4u;
-                    store_sum(sum, to);
+                    coopStoreT(sum, &products[to], SUM_STRIDE);
                 }
                 workgroupBarrier();
                 for (var p = 0u; p < PASSES; p++) {

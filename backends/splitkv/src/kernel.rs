@@ -64,15 +64,7 @@ impl Kernel {
         problem: &AttentionProblem,
         wanted: Option<Multiply>,
     ) -> Result<Self, BackendError> {
-        Self::of(device, problem, Variant::all(problem, device.facts(), wanted))
-    }
-
-    /// With these variants, smallest first.
-    pub(crate) fn of(
-        device: &Device,
-        problem: &AttentionProblem,
-        variants: impl Iterator<Item = Variant>,
-    ) -> Result<Self, BackendError> {
+        let variants = Variant::all(problem, device.facts(), wanted);
         let partial: Vec<_> = variants.map(|variant| (variant, OnceLock::new())).collect();
         let Some((variant, first)) = partial.first() else {
             return Err(BackendError::Batch("the device's limits leave no tile of rows".into()));

@@ -75,47 +75,8 @@ pub(crate) enum Products {
     /// The same where a processor plays the GPU: one subgroup so wide serves all tiles, because threads that take turns
     /// hide no latency, and reading an element costs more than multiplying it.
     Narrow { lanes: u32, width: u32 },
-    /// Cooperative matrices; tiles of 16 rows.
-    Matrices(Matrices),
-}
-
-/// Cooperative matrices, of a device or, for tests, as of one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Matrices {
-    /// Threads of a subgroup.
-    pub(crate) width: u32,
-    #[cfg(test)]
-    pub(crate) emulated: bool,
-}
-
-impl Matrices {
-    fn new(width: u32) -> Self {
-        Self {
-            width,
-            #[cfg(test)]
-            emulated: false,
-        }
-    }
-
-    /// The shader with what cooperative.wgsl does with matrices.
-    fn provided(self, shader: String) -> String {
-        #[cfg(test)]
-        if self.emulated {
-            let sums = [("scores", "products", "SCORE_STRIDE"), ("sum", "products", "SUM_STRIDE")];
-            let matrices = polyattn_replay::emulated_matrices(("tile", "TILE_STRIDE"), &sums);
-            return shader.replace("let thread =", "me = invocation;\nlet thread =") + &matrices;
-        }
-        shader + include_str!("matrices.wgsl")
-    }
-
-    /// What comes before any other line.
-    fn head(self) -> &'static str {
-        #[cfg(test)]
-        if self.emulated {
-            return "enable f16;\n";
-        }
-        "enable f16;\nenable wgpu_cooperative_matrix;\n"
-    }
+    /// Cooperative matrices of subgroups so wide; tiles of 16 rows.
+    Matrices(u32),
 }
 
 impl Products {
@@ -139,7 +100,7 @@ impl Products {
     fn matrices(problem: &AttentionProblem, facts: &DeviceFacts) -> Option<Self> {
         let (min, max) = (facts.subgroup_min, facts.subgroup_max);
         let halves = problem.dtype == DType::F16 && problem.kv_dtype == KvDType::F16;
-        let products = Self::Matrices(Matrices::new(min));
+        let products = Self::Matrices(min);
         let variant = Variant { products, tiles: 1, head_dim: problem.kind.query_dim(), direct: false };
         let has_them = halves
             && facts.has_cooperative_tile(SIDE, DType::F16, DType::F32)
@@ -222,17 +183,16 @@ impl Variant {
         match self.products {
             Products::Lanes(_) => self.tiles * TILE_THREADS,
             Products::Narrow { width, .. } => width,
-            Products::Matrices(Matrices { width, .. }) => {
+            Products::Matrices(_) => {
                 // As many as divide the 16-byte units of a block among them.
-                let many = self.tiles == 4 && (BLOCK * self.head_dim / 8).is_multiple_of(512);
-                width * if many { 16 } else { 8 }
+                if self.tiles == 4 && (BLOCK * self.head_dim / 8).is_multiple_of(512) { 512 } else { 256 }
             }
         }
     }
 
-    /// Threads that serve a row between products of matrices; they are of one subgroup.
-    const fn row_threads(self, width: u32) -> u32 {
-        if self.tiles == 1 && width >= 16 { 16 } else { 8 }
+    /// Threads that serve a row between products of matrices.
+    const fn row_threads(self) -> u32 {
+        if self.tiles == 1 { 16 } else { 8 }
     }
 
     /// Whether the halves of a score are two subgroups' work.
@@ -295,7 +255,7 @@ impl Variant {
     pub(crate) fn partial(self, problem: &AttentionProblem) -> String {
         let mut text = match self.products {
             Products::Lanes(_) | Products::Narrow { .. } => wgsl::PREAMBLE.to_owned(),
-            Products::Matrices(matrices) => matrices.head().to_owned(),
+            Products::Matrices(_) => "enable f16;\nenable wgpu_cooperative_matrix;\n".to_owned(),
         };
         text += BATCH_WGSL;
         text += problem.kv_layout.wgsl();
@@ -336,7 +296,7 @@ impl Variant {
                 text += include_str!("partial.wgsl");
                 wgsl::unroll(&text)
             }
-            Products::Matrices(matrices) => matrices.provided(text + &self.cooperative()),
+            Products::Matrices(_) => text + &self.cooperative(),
         }
     }
 
@@ -347,29 +307,36 @@ impl Variant {
         // Steps along a half of a head, and along a block.
         let (steps, blocks) = (self.head_dim / 2 / SIDE, BLOCK / SIDE);
         let queries = lines(if self.split() { steps } else { 2 * steps }, &|i| {
-            format!("let q{i} = queries_tile(queries_at + {}u);\n", i * SIDE / 4)
+            let at = i * SIDE / 4;
+            format!("let q{i} = coopLoadT<coop_mat16x16<f16, A>>(&tile[queries_at + {at}u], TILE_STRIDE);\n")
         });
         let half = |sum: &str, first: u32| {
             let products = lines(steps, &|i| {
                 let (i, at) = (first + i, (first + i) * SIDE / 4);
-                format!("{sum} = multiply(q{i}, keys_tile(keys_at + {at}u), {sum});\n")
+                let keys = format!("coopLoad<coop_mat16x16<f16, B>>(&tile[keys_at + {at}u], TILE_STRIDE)");
+                format!("{sum} = coopMultiplyAdd(q{i}, {keys}, {sum});\n")
             });
-            format!("var {sum} = no_sum();\n{products}")
+            format!("var {sum} = coop_mat16x16<f32, C>();\n{products}")
         };
         let score = if self.split() {
             half("score", 0)
         } else {
-            [&half("low", 0), &half("high", steps), "let score = both(low, high);\n"].concat()
+            [&half("low", 0), &half("high", steps), "let score = low + high;\n"].concat()
         };
-        let weights = lines(blocks, &|i| format!("let w{i} = weights_tile(weights_at + {}u);\n", i * SIDE / 4));
+        let weights = lines(blocks, &|i| {
+            let at = i * SIDE / 4;
+            format!("let w{i} = coopLoadT<coop_mat16x16<f16, A>>(&weights[weights_at + {at}u], WEIGHT_STRIDE);\n")
+        });
         let sum = lines(blocks, &|i| {
-            format!("sum = multiply(w{i}, values_tile(values_at + {}u * TILE_STRIDE), sum);\n", i * SIDE)
+            let at = format!("values_at + {}u * TILE_STRIDE", i * SIDE);
+            let values = format!("coopLoadT<coop_mat16x16<f16, B>>(&tile[{at}], TILE_STRIDE)");
+            format!("sum = coopMultiplyAdd(w{i}, {values}, sum);\n")
         });
         include_str!("cooperative.wgsl")
             .replace("LOAD_QUERIES\n", &queries)
             .replace("SCORE\n", &score)
             .replace("LOAD_WEIGHTS\n", &weights)
-            .replace("SUM\n", &format!("var sum = no_sum();\n{sum}"))
+            .replace("SUM\n", &format!("var sum = coop_mat16x16<f32, C>();\n{sum}"))
     }
 
     fn constants(self, text: &mut String, problem: &AttentionProblem) {
@@ -391,11 +358,11 @@ impl Variant {
         let own = match self.products {
             Products::Lanes(lanes) => streams(lanes, TILE_THREADS, [self.tiles, 1, KEYS]),
             Products::Narrow { lanes, width } => streams(lanes, width, [1, self.tiles, NARROW_KEYS]),
-            Products::Matrices(Matrices { width, .. }) => {
+            Products::Matrices(width) => {
                 vec![
                     ("TILES", self.tiles),
                     ("THREADS", self.threads()),
-                    ("ROW_THREADS", self.row_threads(width)),
+                    ("ROW_THREADS", self.row_threads()),
                     ("WIDTH", width),
                     ("SLICE", self.slice()),
                     ("KEYS", BLOCK),

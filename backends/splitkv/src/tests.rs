@@ -2,26 +2,15 @@
 
 #![allow(clippy::unwrap_used, reason = "a failing test may panic")]
 
-use std::sync::Arc;
-
 use naga::{
     back::{hlsl, msl, spv},
     valid::{self, ShaderStages, SubgroupOperationSet, ValidationFlags, Validator},
 };
-use polyattn_api::{
-    AttentionBackend, AttentionKernel, AttentionKind, AttentionProblem, BackendError, BatchLayout, Capabilities, DType,
-    Device, Mask, Window, device::DeviceChoice,
-};
-use polyattn_replay::{
-    Comparison,
-    random::{self, Spec},
-};
+use polyattn_api::{AttentionKind, AttentionProblem, BatchLayout, DType, Window};
 
 use crate::{
-    capabilities,
-    kernel::Kernel,
     plan,
-    shader::{self, Matrices, Products, Variant},
+    shader::{self, Products, Variant},
 };
 
 /// In every language that wgpu hands a shader to a driver in; cooperative matrices have none on DX12.
@@ -130,95 +119,4 @@ fn items_take_whole_spans() {
     let problem = problem.window(Some(Window { left: Some(16 * chunk), right: None }));
     assert_eq!(items(&problem, 1).2.len(), 17);
     assert_eq!(items(&problem, 8), (4, vec![5 * 4], vec![(5, 12), (12, 20), (20, 22)]));
-}
-
-/// The kernel for cooperative matrices where there are none, as a backend: so many tiles in subgroups so wide.
-#[derive(Debug)]
-struct Emulated {
-    tiles: u32,
-    width: u32,
-}
-
-impl AttentionBackend for Emulated {
-    fn name(&self) -> &'static str {
-        "emulated"
-    }
-
-    fn capabilities(&self) -> &Capabilities {
-        &capabilities::CAPABILITIES
-    }
-
-    fn prepare(&self, device: &Device, problem: &AttentionProblem) -> Result<Arc<dyn AttentionKernel>, BackendError> {
-        let products = Products::Matrices(Matrices { width: self.width, emulated: true });
-        let variant = Variant { products, tiles: self.tiles, head_dim: problem.kind.query_dim(), direct: true };
-        Ok(Arc::new(Kernel::of(device, problem, [variant].into_iter())?))
-    }
-}
-
-/// A device that emulates matrices, and the width of its subgroups, or why there is none.
-fn emulating() -> Option<(Device, u32)> {
-    let device = Device::open(&DeviceChoice::Gpu).inspect_err(|error| eprintln!("skipped: {error}")).ok()?;
-    let facts = device.facts();
-    let width = facts.subgroup_min;
-    if !facts.has("shader-f16") || !facts.has("subgroups") || facts.subgroup_max != width || ![8, 16].contains(&width) {
-        eprintln!("skipped: {} has no f16, or no subgroups of 8 or 16", facts.name);
-        return None;
-    }
-    Some((device, width))
-}
-
-fn bits(values: &[f32]) -> Vec<u32> {
-    values.iter().map(|value| value.to_bits()).collect()
-}
-
-#[test]
-fn the_kernel_for_cooperative_matrices_is_right_where_they_are_emulated() {
-    let Some((device, width)) = emulating() else { return };
-    let kind = |query_heads, head_dim| AttentionKind::Gqa { query_heads, kv_heads: 2, head_dim, value_dim: head_dim };
-    let plain = Spec::new(kind(8, 64), DType::F16, &[(1, 70), (0, 5), (2, 33), (0, 0), (3, 1300), (9, 257)]);
-    let window = Some(Window { left: Some(300), right: None });
-    let specs = [
-        (1, plain.clone()),
-        (2, Spec { kind: kind(6, 32), page_size: 7, ..plain.clone() }),
-        (2, Spec { window, softcap: Some(5.0), alibi: true, sinks: true, kind: kind(6, 32), ..plain.clone() }),
-        (1, Spec { mask: Mask::Tree, kind: kind(6, 32), sequences: vec![(17, 530)], ..plain.clone() }),
-        (2, Spec { mask: Mask::Bidirectional, ..plain }),
-    ];
-    for (seed, (tiles, spec)) in specs.iter().enumerate() {
-        let case = random::case(seed as u64, spec);
-        let outcome = case.run(&device, &Emulated { tiles: *tiles, width }).unwrap();
-        let comparison = Comparison::of(&case, &outcome).unwrap();
-        assert!(comparison.within_tolerance, "{tiles} tiles, {spec:?}: {comparison:?}");
-    }
-}
-
-/// Whatever the number of tiles, and whether a span's chunks are joined by their item or by the merging kernel.
-#[test]
-fn emulated_matrices_give_a_row_the_same_bits_in_any_batch() {
-    let Some((device, width)) = emulating() else { return };
-    let kind = AttentionKind::Gqa { query_heads: 16, kv_heads: 8, head_dim: 32, value_dim: 32 };
-    let case = random::case(5, &Spec::new(kind, DType::F16, &[(3, 1700)]));
-    let alone = case.run(&device, &Emulated { tiles: 1, width }).unwrap();
-    assert!(Comparison::of(&case, &alone).unwrap().within_tolerance);
-
-    let copies = 20;
-    let mut many = case.clone();
-    many.batch = BatchLayout::new(case.batch.page_size, case.batch.pool_pages);
-    (0..copies).for_each(|_| many.batch.push(3, 1700, &case.batch.page_table));
-    many.q = case.q.repeat(copies);
-    let kernel = Emulated { tiles: 1, width }.prepare(&device, &case.problem).unwrap();
-    let per = |batch: &BatchLayout| plan::rounds(kernel.plan(batch).unwrap().extra()).unwrap().1;
-    assert_eq!((per(&case.batch), per(&many.batch)), (1, plan::SPAN));
-    let all = bits(&many.run(&device, &Emulated { tiles: 1, width }).unwrap().out);
-    assert!(all.chunks(alone.out.len()).all(|out| out == bits(&alone.out)));
-
-    let row = 16 * 32;
-    for query in 0..3 {
-        let mut one = case.clone();
-        one.batch = BatchLayout::new(case.batch.page_size, case.batch.pool_pages);
-        one.batch.push(1, 1698 + query as u32, &case.batch.page_table);
-        one.q = case.q[query * row * 2..][..row * 2].to_vec();
-        let out = one.run(&device, &Emulated { tiles: 2, width }).unwrap().out;
-        assert_eq!(bits(&out), bits(&alone.out[query * row..][..row]), "row {query}");
-    }
 }

@@ -43,7 +43,6 @@
 
 mod case;
 mod compare;
-mod emulated;
 mod error;
 mod file;
 mod number;
@@ -53,6 +52,5 @@ mod run;
 
 pub use case::{Case, Tolerance};
 pub use compare::Comparison;
-pub use emulated::emulated_matrices;
 pub use error::ReplayError;
 pub use run::Outcome;

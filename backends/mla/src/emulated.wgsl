@@ -1,5 +1,5 @@
-// Matrices of 16 by 16 for devices that cannot multiply them: a thread of a subgroup has whole rows of the left matrix and
-// of the sum, and reads the right one where it lies. Places count vectors of four.
+// What matrices.wgsl does, for devices without cooperative matrices: a thread of a subgroup has whole rows of the left
+// matrix and of the sum, and reads the right one where it lies. For tests alone.
 const OWN: u32 = 16u / WIDTH;
 struct Left { x: array<vec4<f32>, OWN * 4u> }
 struct Right { at: u32, columns: bool }
@@ -8,7 +8,7 @@ var<private> me: u32;
 
 fn queries_tile(at: u32) -> Left {
     var m: Left;
-    for (var i = 0u; i < OWN * 4u; i++) { m.x[i] = vec4<f32>(TILE[at + (i / 4u * WIDTH + me) * STRIDE_OF_TILE + i % 4u]); }
+    for (var i = 0u; i < OWN * 4u; i++) { m.x[i] = vec4<f32>(stage[at + (i / 4u * WIDTH + me) * STRIDE + i % 4u]); }
     return m;
 }
 fn weights_tile(at: u32) -> Left {
@@ -27,11 +27,9 @@ fn multiply(left: Left, right: Right, sum: Sum) -> Sum {
         for (var n = 0u; n < 4u; n++) {
             var b: vec4<f32>;
             if (right.columns) {
-                for (var i = 0u; i < 4u; i++) {
-                    b[i] = f32(TILE[right.at + (n * 4u + i) * STRIDE_OF_TILE + k / 4u][k % 4u]);
-                }
+                for (var i = 0u; i < 4u; i++) { b[i] = f32(stage[right.at + (n * 4u + i) * STRIDE + k / 4u][k % 4u]); }
             } else {
-                b = vec4<f32>(TILE[right.at + k * STRIDE_OF_TILE + n]);
+                b = vec4<f32>(stage[right.at + k * STRIDE + n]);
             }
             for (var r = 0u; r < OWN; r++) {
                 m.x[r * 4u + n] = fma(vec4<f32>(a.x[r * 4u + k / 4u][k % 4u]), b, m.x[r * 4u + n]);
@@ -40,9 +38,17 @@ fn multiply(left: Left, right: Right, sum: Sum) -> Sum {
     }
     return m;
 }
-fn both(a: Sum, b: Sum) -> Sum {
-    var m = a;
-    for (var i = 0u; i < OWN * 4u; i++) { m.x[i] += b.x[i]; }
+fn no_sum() -> Sum { return Sum(); }
+fn load_sum(at: u32) -> Sum {
+    var m: Sum;
+    for (var i = 0u; i < OWN * 4u; i++) {
+        m.x[i] = scratch[at + (i / 4u * WIDTH + me) * 4u + i % 4u];
+    }
     return m;
 }
-fn no_sum() -> Sum { return Sum(); }
+fn store_sum(sum: Sum, at: u32) {
+    var m = sum;
+    for (var i = 0u; i < OWN * 4u; i++) {
+        scratch[at + (i / 4u * WIDTH + me) * 4u + i % 4u] = m.x[i];
+    }
+}
