@@ -14,7 +14,7 @@ struct Call {
     facts: u32,   // of sequences: first state, first chunk, chunk behind the last
     states: u32,  // states that the buffer has room for
     per: u32,     // chunks of a state
-    zero: u32,    // as no compiler knows
+    zero: u32,    // 0, which no compiler knows
 }
 var<immediate> call: Call;
 

@@ -25,9 +25,9 @@
 //! The setting `{"splitkv": {"multiply": "matrices" | "lanes" | "narrow"}}` of [`Settings`] makes that choice by hand.
 //!
 //! # What follows
-//! However many sequences and rows there are, a row's chunks, spans, blocks, streams and their order are the same: it has the
-//! bits of the decode call at its position, alone and in any batch. The many chunks of one long sequence fill a device
-//! as well as many short sequences do, and none waits for the longest.
+//! However many sequences and rows there are, a row's chunks, spans, blocks, streams and their order are the same: it has
+//! the bits of the decode call at its position, alone and in any batch. The many chunks of one long sequence fill a
+//! device as well as many short sequences do, and none waits for the longest.
 //!
 //! Source: split-KV decoding is Flash-Decoding's (Dao, Haziza, Massa, Sizov, 2023); the fixed split that makes it
 //! batch-invariant is described in "Defeating Nondeterminism in LLM Inference" (Thinking Machines, 2025).

@@ -71,9 +71,9 @@ fn attend(
             let place = select(0u, queries_at + row_place[t][r], is_there) * HEAD_DIM + lane * 8u;
             for (var e = 0u; e < EIGHTS; e++) { // unroll
                 let elements = q_load8(place + e * LANES * 8u);
-                for (var i = 0u; i < 4u; i++) { // unroll
-                    query[t * ELEMENTS + e * 8u + i][r] = select(0.0, call.scale * elements[0][i], is_there);
-                    query[t * ELEMENTS + e * 8u + 4u + i][r] = select(0.0, call.scale * elements[1][i], is_there);
+                for (var i = 0u; i < 8u; i++) { // unroll
+                    let element = call.scale * elements[i / 4u][i % 4u];
+                    query[t * ELEMENTS + e * 8u + i][r] = select(0.0, element, is_there);
                 }
             }
         }
@@ -97,6 +97,7 @@ fn attend(
     // Keys that no row sees give way to one that some row sees: what lies there may be anything, even under a weight of
     // zero.
     var next = place_of(sequence, clamp(start + own * STREAMS + stream, item_lo, item_hi - 1u), kv_head);
+    // Of the next keys and values, so that they are on their way into a processor's cache. WGSL has no other prefetch.
     var touched = 0u;
     for (var base = start; base < end; base += step) {
         let key = base + own * STREAMS + stream;
@@ -119,18 +120,10 @@ fn attend(
             for (var u = 0u; u < KEYS; u++) { keys[u] = k_load8(places[u] + e * LANES * 8u); } // unroll
             for (var t = 0u; t < TILES; t++) { // unroll
                 for (var u = 0u; u < KEYS; u++) { // unroll
-                    let a = keys[u][0];
-                    let b = keys[u][1];
                     let q = t * ELEMENTS + e * 8u;
                     var sum = products[t * KEYS + u];
-                    sum = fma(vec4<f32>(a.x), query[q], sum);
-                    sum = fma(vec4<f32>(a.y), query[q + 1u], sum);
-                    sum = fma(vec4<f32>(a.z), query[q + 2u], sum);
-                    sum = fma(vec4<f32>(a.w), query[q + 3u], sum);
-                    sum = fma(vec4<f32>(b.x), query[q + 4u], sum);
-                    sum = fma(vec4<f32>(b.y), query[q + 5u], sum);
-                    sum = fma(vec4<f32>(b.z), query[q + 6u], sum);
-                    products[t * KEYS + u] = fma(vec4<f32>(b.w), query[q + 7u], sum);
+                    for (var i = 0u; i < 8u; i++) { sum = fma(vec4<f32>(keys[u][i / 4u][i % 4u]), query[q + i], sum); } // unroll
+                    products[t * KEYS + u] = sum;
                 }
             }
         }
@@ -188,26 +181,21 @@ fn attend(
             for (var u = 0u; u < KEYS; u++) { values[u] = v_load8(places[u] + e * LANES * 8u); } // unroll
             for (var t = 0u; t < TILES; t++) { // unroll
                 for (var u = 0u; u < KEYS; u++) { // unroll
-                    let a = values[u][0];
-                    let b = values[u][1];
                     let weight = weights[t * KEYS + u];
                     let s = t * ELEMENTS + e * 8u;
-                    sums[s] = fma(weight, vec4<f32>(a.x), sums[s]);
-                    sums[s + 1u] = fma(weight, vec4<f32>(a.y), sums[s + 1u]);
-                    sums[s + 2u] = fma(weight, vec4<f32>(a.z), sums[s + 2u]);
-                    sums[s + 3u] = fma(weight, vec4<f32>(a.w), sums[s + 3u]);
-                    sums[s + 4u] = fma(weight, vec4<f32>(b.x), sums[s + 4u]);
-                    sums[s + 5u] = fma(weight, vec4<f32>(b.y), sums[s + 5u]);
-                    sums[s + 6u] = fma(weight, vec4<f32>(b.z), sums[s + 6u]);
-                    sums[s + 7u] = fma(weight, vec4<f32>(b.w), sums[s + 7u]);
+                    for (var i = 0u; i < 8u; i++) { // unroll
+                        sums[s + i] = fma(weight, vec4<f32>(values[u][i / 4u][i % 4u]), sums[s + i]);
+                    }
                 }
             }
         }
     }
 
+    // What was touched has to count for something, or a compiler would leave it out.
+    if (PREFETCH) { total[0] += vec4<f32>(f32(touched & call.zero)); }
+
     // Streams of a tile become one: the upper half hands its sums to the lower half, until one is left. The tile to end is
     // moved to the front each time, so that this is not written out for each.
-    if (PREFETCH) { total[0] += vec4<f32>(f32(touched & call.zero)); }
     for (var t = 0u; t < TILES; t++) {
         for (var hop = 1u; hop < KEYS; hop <<= 1u) { total[0] += subgroupShuffleXor(total[0], hop); }
         if (lane == 0u) {

@@ -59,8 +59,10 @@ pub(crate) fn words(
             continue;
         }
         let chunks = chunks(problem, batch, sequence, chunk_keys);
+        // Runs begin where spans do, but for the first one of a sequence with a window.
+        let begin = chunks.0 / per * per;
         let rows_of = u64::from(queries) * u64::from(group);
-        items += rows_of.div_ceil(u64::from(rows)) * u64::from((chunks.1 - chunks.0 / per * per).div_ceil(run));
+        items += rows_of.div_ceil(u64::from(rows)) * u64::from((chunks.1 - begin).div_ceil(run));
         if items > MOST_ITEMS {
             return Err(BackendError::Batch(format!(
                 "the batch has more than {MOST_ITEMS} work items of {rows} rows and {} keys: split it",
@@ -92,8 +94,7 @@ pub(crate) fn words(
         words[at + 3] += states as u32;
         for first in (0..queries * group).step_by(rows as usize) {
             // A chunk that none of the item's rows sees is written too: merging reads all of a sequence's.
-            // Runs begin where spans do, but for the first one of a sequence with a window.
-            for start in (chunks.0 / per * per..chunks.1).step_by(run as usize) {
+            for start in (begin..chunks.1).step_by(run as usize) {
                 words.extend([sequence as u32, first, start.max(chunks.0), chunks.1.min(start + run)]);
                 words[at] += 1;
             }

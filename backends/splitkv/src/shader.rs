@@ -130,13 +130,13 @@ impl Variant {
     ) -> impl Iterator<Item = Self> {
         let head_dim = problem.kind.query_dim();
         let direct = Self::partial_bindings(problem, true).len() <= facts.limits.storage_buffers as usize;
-        let products = Products::choose(problem, facts, wanted);
-        let tiles = products.into_iter().flat_map(|products| {
-            let most = if matches!(products, Products::Lanes(_)) { 16 } else { 4 };
-            [1, 2, 4, 8, 16].into_iter().filter(move |tiles| *tiles <= most).map(move |tiles| (products, tiles))
-        });
-        tiles
-            .map(move |(products, tiles)| Self { products, tiles, head_dim, direct })
+        Products::choose(problem, facts, wanted)
+            .into_iter()
+            .flat_map(move |products| {
+                let most = if matches!(products, Products::Lanes(_)) { 16 } else { 4 };
+                let tiles = [1, 2, 4, 8, 16].into_iter().filter(move |tiles| *tiles <= most);
+                tiles.map(move |tiles| Self { products, tiles, head_dim, direct })
+            })
             .filter(|variant| variant.fits(facts))
     }
 

@@ -84,24 +84,24 @@ fn widen_e4m3x4(w: u32) -> vec4<f32> { return vec4<f32>(widen_e4m3x2(((w & 0xffu
 /// text's `const NAME: u32 = …;` before the loop. Any other loop stays one.
 #[must_use]
 pub fn unroll(text: &str) -> String {
-    let mut constants = Vec::new();
-    unrolled(text, &mut constants)
+    unrolled(text, Vec::new())
 }
 
 const UNROLL: &str = "// unroll";
 
-fn unrolled<'a>(text: &'a str, constants: &mut Vec<(&'a str, u32)>) -> String {
+/// The same, with constants of what comes before the text.
+fn unrolled<'a>(text: &'a str, mut constants: Vec<(&'a str, u32)>) -> String {
     let mut out = String::new();
     let mut rest = text;
     while let Some(end) = rest.find('\n').map(|end| end + 1).or((!rest.is_empty()).then_some(rest.len())) {
         let line = rest[..end].trim_end();
         if let Some(constant) = line.strip_prefix("const ").and_then(|line| line.strip_suffix(';'))
             && let Some((name, value)) = constant.split_once(": u32 = ")
-            && let Some(value) = evaluate(value, constants)
+            && let Some(value) = evaluate(value, &constants)
         {
             constants.push((name, value));
         }
-        let Some((name, range, behind, body)) = line.ends_with(UNROLL).then(|| marked(rest, end, constants)).flatten()
+        let Some((name, range, behind, body)) = line.ends_with(UNROLL).then(|| marked(rest, end, &constants)).flatten()
         else {
             out += &rest[..end];
             rest = &rest[end..];
@@ -110,7 +110,7 @@ fn unrolled<'a>(text: &'a str, constants: &mut Vec<(&'a str, u32)>) -> String {
         for value in range {
             let body = substitute(body, name, &format!("{value}u"));
             out += "{";
-            out += &unrolled(&body, &mut constants.clone());
+            out += &unrolled(&body, constants.clone());
             out += "}\n";
         }
         rest = behind;
