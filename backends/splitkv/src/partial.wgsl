@@ -122,7 +122,10 @@ fn attend(
                 for (var u = 0u; u < KEYS; u++) { // unroll
                     let q = t * ELEMENTS + e * 8u;
                     var sum = products[t * KEYS + u];
-                    for (var i = 0u; i < 8u; i++) { sum = fma(vec4<f32>(keys[u][i / 4u][i % 4u]), query[q + i], sum); } // unroll
+                    let elements = keys[u];
+                    for (var i = 0u; i < 8u; i++) { // unroll
+                        sum = fma(vec4<f32>(elements[i / 4u][i % 4u]), query[q + i], sum);
+                    }
                     products[t * KEYS + u] = sum;
                 }
             }
@@ -183,8 +186,9 @@ fn attend(
                 for (var u = 0u; u < KEYS; u++) { // unroll
                     let weight = weights[t * KEYS + u];
                     let s = t * ELEMENTS + e * 8u;
+                    let elements = values[u];
                     for (var i = 0u; i < 8u; i++) { // unroll
-                        sums[s + i] = fma(weight, vec4<f32>(values[u][i / 4u][i % 4u]), sums[s + i]);
+                        sums[s + i] = fma(weight, vec4<f32>(elements[i / 4u][i % 4u]), sums[s + i]);
                     }
                 }
             }
