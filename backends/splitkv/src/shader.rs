@@ -200,9 +200,9 @@ impl Variant {
         self.tiles == 1
     }
 
-    /// Whether keys and values have a tile each.
+    /// Whether keys and values have a tile each, which pays for heads that are neither narrow nor too wide for it.
     const fn apart(self) -> bool {
-        self.tiles <= 2 && self.head_dim <= 128
+        self.tiles <= 2 && self.head_dim > 64 && self.head_dim <= 128
     }
 
     /// Columns of values that are summed at once by matrices.

@@ -63,6 +63,11 @@ const DEEPSEEK_V2_LITE: Model = Model {
     softcap: None,
     sinks: false,
 };
+/// The same with keys and values of heads instead of latents, as they are before absorption: another form of prefill.
+const DEEPSEEK_V2_LITE_HEADS: Model = Model {
+    kind: AttentionKind::Gqa { query_heads: 16, kv_heads: 16, head_dim: 192, value_dim: 128 },
+    ..gqa("deepseek-v2-lite-heads", 16, 16, 192)
+};
 
 const CATALOGUE: &[(Model, &[Sizes])] = &[
     (
@@ -131,6 +136,7 @@ const CATALOGUE: &[(Model, &[Sizes])] = &[
             [1, 2 * K, 2 * K],
         ],
     ),
+    (DEEPSEEK_V2_LITE_HEADS, &[[1, 256, 256], [1, 2 * K, 2 * K]]),
 ];
 
 /// All of them, f16.
