@@ -65,11 +65,18 @@ impl Kernel {
         wanted: Option<Multiply>,
     ) -> Result<Self, BackendError> {
         let variants = Variant::all(problem, device.facts(), wanted);
-        let partial: Vec<_> = variants.map(|variant| (variant, OnceLock::new())).collect();
-        let Some((variant, first)) = partial.first() else {
+        Self::of(device, problem, variants.map(|variant| (variant, OnceLock::new())).collect())
+    }
+
+    /// With these variants, smallest first. Some may be compiled.
+    pub(crate) fn of(
+        device: &Device,
+        problem: &AttentionProblem,
+        partial: Vec<(Variant, OnceLock<Pipeline>)>,
+    ) -> Result<Self, BackendError> {
+        let Some(variant) = partial.first().map(|(variant, _)| *variant) else {
             return Err(BackendError::Batch("the device's limits leave no tile of rows".into()));
         };
-        let _ = first.set(compile(device, problem, *variant)?);
         let merge = device.pipeline(&PipelineSpec {
             label: "splitkv merge",
             source: &variant.merge(problem),
@@ -80,7 +87,9 @@ impl Kernel {
         })?;
         let states = Mutex::new(device.alloc(64 << 10, "partial states")?);
         let (device, problem) = (device.clone(), problem.clone());
-        Ok(Self { device, problem, plans: PlanPool::default(), partial, merge, states })
+        let kernel = Self { device, problem, plans: PlanPool::default(), partial, merge, states };
+        kernel.pipeline(variant.tiles)?;
+        Ok(kernel)
     }
 
     fn group(&self) -> u32 {
@@ -122,7 +131,7 @@ impl Kernel {
             return Ok(None);
         };
         if pipeline.get().is_none() {
-            let _ = pipeline.set(compile(&self.device, &self.problem, *variant)?);
+            let _ = pipeline.set(compile(&self.device, &self.problem, *variant, &variant.partial(&self.problem))?);
         }
         Ok(pipeline.get().map(|pipeline| (*variant, pipeline)))
     }
@@ -155,10 +164,16 @@ impl Kernel {
     }
 }
 
-fn compile(device: &Device, problem: &AttentionProblem, variant: Variant) -> Result<Pipeline, BackendError> {
+/// The pipeline of a variant whose text is `source`.
+pub(crate) fn compile(
+    device: &Device,
+    problem: &AttentionProblem,
+    variant: Variant,
+    source: &str,
+) -> Result<Pipeline, BackendError> {
     Ok(device.pipeline(&PipelineSpec {
         label: "splitkv partial",
-        source: &variant.partial(problem),
+        source,
         entry: "attend",
         bindings: &Variant::partial_bindings(problem, variant.direct),
         immediate_bytes: size_of::<PartialCall>() as u32,

@@ -23,6 +23,9 @@ pub enum ReplayError {
     /// A case built in memory contradicts itself.
     #[error("invalid case: {0}")]
     Case(String),
+    /// A shader says what is not emulated.
+    #[error("no emulation of {0}")]
+    Emulation(String),
     /// The backend cannot serve the problem.
     #[error("declined: {}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))]
     Declined(Vec<Decline>),

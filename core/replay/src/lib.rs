@@ -4,6 +4,7 @@
 //!   ([`Case::save`]), made at random ([`random::case`]), or built from what an engine has at hand ([`Case::new`]).
 //! * [`Case::run`] runs it on a backend and gives an [`Outcome`]; [`Comparison::of`] holds that against the recorded
 //!   answer, or against [`reference::attention_f64`] where none is recorded.
+//! * [`emulated_matrices`] lets kernels for cooperative matrices be tested on devices that have none.
 //!
 //! ```no_run
 //! use polyattn_api::{Device, Registry};
@@ -43,6 +44,7 @@
 
 mod case;
 mod compare;
+mod emulated;
 mod error;
 mod file;
 mod number;
@@ -52,5 +54,6 @@ mod run;
 
 pub use case::{Case, Tolerance};
 pub use compare::Comparison;
+pub use emulated::emulated_matrices;
 pub use error::ReplayError;
 pub use run::Outcome;
