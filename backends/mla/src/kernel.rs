@@ -63,20 +63,19 @@ pub(crate) struct Kernel {
 impl Kernel {
     /// For a problem that was not declined.
     pub(crate) fn new(device: &Device, problem: &AttentionProblem) -> Result<Self, BackendError> {
-        Self::of(device, problem, Variant::all(problem, device.facts()))
+        let variants = Variant::all(problem, device.facts());
+        Self::of(device, problem, variants.into_iter().map(|variant| (variant, OnceLock::new())).collect())
     }
 
-    /// With these variants, fewest rows first.
+    /// With these variants, fewest rows first. Some may be compiled.
     pub(crate) fn of(
         device: &Device,
         problem: &AttentionProblem,
-        variants: Vec<Variant>,
+        partial: Vec<(Variant, OnceLock<Pipeline>)>,
     ) -> Result<Self, BackendError> {
-        let partial: Vec<_> = variants.into_iter().map(|variant| (variant, OnceLock::new())).collect();
-        let Some((variant, first)) = partial.first() else {
+        let Some(rows) = partial.first().map(|(variant, _)| variant.rows) else {
             return Err(BackendError::Batch("the device's limits leave no tile of rows".into()));
         };
-        let _ = first.set(compile(device, problem, *variant)?);
         let merge = device.pipeline(&PipelineSpec {
             label: "mla merge",
             source: &shader::merge(problem),
@@ -87,7 +86,9 @@ impl Kernel {
         })?;
         let states = Mutex::new(device.alloc(64 << 10, "partial states")?);
         let (device, problem) = (device.clone(), problem.clone());
-        Ok(Self { device, problem, plans: PlanPool::default(), partial, merge, states })
+        let kernel = Self { device, problem, plans: PlanPool::default(), partial, merge, states };
+        kernel.pipeline(rows)?;
+        Ok(kernel)
     }
 
     /// Bytes of one state.
@@ -124,7 +125,7 @@ impl Kernel {
             return Ok(None);
         };
         if pipeline.get().is_none() {
-            let _ = pipeline.set(compile(&self.device, &self.problem, *variant)?);
+            let _ = pipeline.set(compile(&self.device, &self.problem, &variant.partial(&self.problem))?);
         }
         Ok(pipeline.get())
     }
@@ -146,10 +147,11 @@ impl Kernel {
     }
 }
 
-fn compile(device: &Device, problem: &AttentionProblem, variant: Variant) -> Result<Pipeline, BackendError> {
+/// The pipeline of a variant whose text is `source`.
+pub(crate) fn compile(device: &Device, problem: &AttentionProblem, source: &str) -> Result<Pipeline, BackendError> {
     Ok(device.pipeline(&PipelineSpec {
         label: "mla partial",
-        source: &variant.partial(problem),
+        source,
         entry: "attend",
         bindings: &shader::partial_bindings(problem),
         immediate_bytes: size_of::<PartialCall>() as u32,

@@ -45,9 +45,6 @@ pub(crate) enum Products {
     Plain,
     /// By cooperative matrices.
     Matrices(Matrices),
-    /// As by cooperative matrices, on devices that have none.
-    #[cfg(test)]
-    Emulated(Matrices),
 }
 
 /// A workgroup that multiplies cooperative matrices.
@@ -81,7 +78,7 @@ impl Variant {
     pub(crate) const fn chunk(self) -> u32 {
         match self.products {
             Products::Plain => CHUNK,
-            _ => MATRIX_CHUNK,
+            Products::Matrices(_) => MATRIX_CHUNK,
         }
     }
 
@@ -91,8 +88,6 @@ impl Variant {
         let mut text = match self.products {
             Products::Plain => String::new(),
             Products::Matrices(_) => "enable f16;\nenable wgpu_cooperative_matrix;\n".to_owned(),
-            #[cfg(test)]
-            Products::Emulated(_) => "enable f16;\n".to_owned(),
         };
         text += BATCH_WGSL;
         let scaled = problem.kv_dtype == KvDType::Q8;
@@ -118,21 +113,11 @@ impl Variant {
                 text += include_str!("matrices.wgsl");
                 matrices
             }
-            #[cfg(test)]
-            Products::Emulated(matrices) => {
-                text += include_str!("emulated.wgsl");
-                matrices
-            }
         };
         let parts = parts(dim);
         let columns = (latent / 16).div_ceil(tiles * parts);
         numbers(&mut text, &[("WIDTH", width), ("TILES", tiles), ("PARTS", parts), ("COLUMNS", columns)]);
         text += &expanded(include_str!("cooperative.wgsl"), [tiles, dim / 16 / parts, columns]);
-        // An emulated matrix has to know the thread.
-        #[cfg(test)]
-        if let Products::Emulated(_) = self.products {
-            text = text.replace("let thread =", "me = invocation;\nlet thread =");
-        }
         text
     }
 
