@@ -4,7 +4,7 @@ use bytemuck::{Pod, Zeroable};
 use parking_lot::Mutex;
 use polyattn_api::{
     AttentionIo, AttentionKernel, AttentionProblem, BackendError, BatchLayout, Buffer, Commands, Device, KvDType, Plan,
-    PlanPool,
+    PlanPool, StoreRotated,
     device::{Pipeline, PipelineSpec},
 };
 
@@ -179,6 +179,10 @@ impl AttentionKernel for Kernel {
         };
         let words = plan::words(self.plans.words(), &self.problem, batch, cut)?;
         Plan::new(&self.device, &self.plans, &self.problem, batch, words)
+    }
+
+    fn store_rotated(&self, commands: &mut Commands, plan: &Plan, io: &StoreRotated<'_>) -> Result<bool, BackendError> {
+        io.record_provided(&self.problem, commands, plan)
     }
 
     fn encode(&self, commands: &mut Commands, plan: &Plan, io: &AttentionIo<'_>) -> Result<(), BackendError> {

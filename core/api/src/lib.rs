@@ -74,7 +74,9 @@ pub use registry::{
 };
 pub use resolve::{Resolution, ResolveError, ResolvedLayer, resolve};
 pub use resolver::Resolver;
-pub use rotated::{HeadNorm, RotatedQueries, Rotation, StoreRotated, rotary_wgsl};
+pub use rotated::{
+    HEAD_PARTS_WGSL, HeadNorm, HeadPart, QuerySource, RotatedQueries, Rotation, StoreRotated, rotary_wgsl,
+};
 pub use sampling::{Purpose, Sampling};
 pub use select::{Declined, Policy, Selection, SelectionError, select};
 pub use strategy::{StrategyConfig, StrategyEntry};

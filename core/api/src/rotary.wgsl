@@ -1,11 +1,16 @@
-// Norm and rotation of one head by a workgroup of 64, in workgroup memory. What is rotated, and by what, is in `table`,
-// `positions` and the immediates `p` of the kernel that this stands before.
+// Norm and rotation of one head by a workgroup of 64, in workgroup memory. What is normed and rotated, and by what, is
+// in the bindings and the immediates `p` of the kernel that this stands before.
 var<workgroup> head: array<f32, HEAD_ROOM>;
 var<workgroup> squares: array<f32, 64>;
 
+// How many elements of a head are normed, the first ones.
+fn normed_dim(query: bool) -> u32 {
+    return select(p.k_normed, p.q_normed, query);
+}
+
 // What the norm multiplies by: one over the root of the mean square. `square` is the sum of squares of those elements
-// that this invocation put into `head`, which is complete afterwards.
-fn head_scale(local: u32, square: f32, eps: f32) -> f32 {
+// to be normed that this invocation put into `head`, which is complete afterwards.
+fn head_scale(local: u32, query: bool, square: f32, eps: f32) -> f32 {
     if (!NORM) {
         workgroupBarrier();
         return 1.0;
@@ -18,7 +23,7 @@ fn head_scale(local: u32, square: f32, eps: f32) -> f32 {
         }
         workgroupBarrier();
     }
-    return inverseSqrt(squares[0] / f32(HEAD_DIM) + eps);
+    return inverseSqrt(squares[0] / f32(normed_dim(query)) + eps);
 }
 
 // Norms and rotates in place; a barrier has to follow. Each invocation has pairs to itself, rotated ones first.

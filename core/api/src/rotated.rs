@@ -26,20 +26,48 @@ pub struct Rotation<'a> {
     pub positions: BufferSlice<'a>,
 }
 
-/// An RMS norm of each head: `x / sqrt(mean(x²) + eps) · weight`.
+/// An RMS norm of the first elements of each head, `x / sqrt(mean(x²) + eps) · weight`; those behind them stay.
 #[derive(Clone, Copy, Debug)]
 pub struct HeadNorm<'a> {
-    /// `[head_dim]`, f32.
+    /// `[dim]`, f32.
     pub weight: BufferSlice<'a>,
+    /// How many elements it takes: all of a head, or with latent attention the latent's.
+    pub dim: u32,
     /// What is added to the mean of squares.
     pub eps: f32,
+}
+
+/// One of two parts of each query head, f32: head h of row r starts at element
+/// `offset + (r · query_heads + h) · stride`.
+#[derive(Clone, Copy, Debug)]
+pub struct HeadPart<'a> {
+    /// The buffer.
+    pub rows: BufferSlice<'a>,
+    /// First element of the first head of row 0.
+    pub offset: u32,
+    /// Elements from one head to the next.
+    pub stride: u32,
+    /// Elements of the part.
+    pub dim: u32,
+}
+
+/// Where queries lie before their rotation, f32.
+#[derive(Clone, Copy, Debug)]
+pub enum QuerySource<'a> {
+    /// In the buffer of the K rows: the heads of row 0 follow each other from this element on; rows lie as far apart as
+    /// those of K.
+    KeyRows(u32),
+    /// The first elements of each head and the rest of them, `head_dim` together, wherever each part was made. With
+    /// latent attention these are what became of the key's projection (`[.., latent_dim]`), and the rope part of the
+    /// queries as they were before it (`[.., rope_dim]`).
+    Parts([HeadPart<'a>; 2]),
 }
 
 /// Where queries come from and go to.
 #[derive(Clone, Copy, Debug)]
 pub struct RotatedQueries<'a> {
-    /// First element of row 0 in the buffer of the K rows; rows lie as far apart as those of K.
-    pub offset: u32,
+    /// Where they lie.
+    pub source: QuerySource<'a>,
     /// A norm of each head, before the rotation.
     pub norm: Option<HeadNorm<'a>>,
     /// `[rows, query_heads, head_dim]` of the problem's dtype, what [`AttentionIo`](crate::AttentionIo) takes as `q`.
@@ -47,7 +75,9 @@ pub struct RotatedQueries<'a> {
 }
 
 /// New rows of K and V, and of queries, as their projection leaves them: queries and keys are still to be normed and
-/// rotated. See [`AttentionKernel::store_rotated`](crate::AttentionKernel::store_rotated).
+/// rotated. With latent attention a row has one key of `latent_dim + rope_dim` elements, whose latent is the value too,
+/// and these are the elements of a query head as well. See
+/// [`AttentionKernel::store_rotated`](crate::AttentionKernel::store_rotated).
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
 pub struct StoreRotated<'a> {
@@ -72,9 +102,9 @@ impl<'a> StoreRotated<'a> {
     /// [`store_kv`](crate::AttentionKernel::store_kv) writes: what a kernel with that writer answers to
     /// [`store_rotated`](crate::AttentionKernel::store_rotated).
     ///
-    /// `false`, and nothing is recorded, where the two steps must do: on the CPU, where nothing is dispatched; with
-    /// latent attention; for heads of an odd number of elements or of no whole number of words in the cache; beyond the
-    /// device's storage buffers or workgroup memory.
+    /// `false`, and nothing is recorded, where the two steps must do: on the CPU, where nothing is dispatched; for
+    /// heads of an odd number of elements or of no whole number of words in the cache; beyond the device's storage
+    /// buffers or workgroup memory.
     ///
     /// # Errors
     /// Buffers that do not fit the problem, the batch or each other; the device.
@@ -84,15 +114,25 @@ impl<'a> StoreRotated<'a> {
         commands: &mut Commands,
         plan: &Plan,
     ) -> Result<bool, BackendError> {
-        let AttentionKind::Gqa { query_heads, kv_heads, head_dim, value_dim } = problem.kind else { return Ok(false) };
+        let (kind, queries) = (problem.kind, self.queries);
+        let q_norm = queries.and_then(|queries| queries.norm);
+        let (offset, parts) = match queries.map(|queries| queries.source) {
+            Some(QuerySource::KeyRows(offset)) => (offset, None),
+            Some(QuerySource::Parts(parts)) => (0, Some(parts)),
+            None => (0, None),
+        };
         let form = Form {
             dtype: problem.kv_dtype,
             layout: problem.kv_layout,
-            head_dim,
-            value_dim,
+            head_dim: kind.query_dim(),
+            value_dim: match kind {
+                AttentionKind::Gqa { value_dim, .. } => Some(value_dim),
+                AttentionKind::Mla { .. } => None,
+            },
             interleaved: self.rotation.interleaved,
-            queries: self.queries.map(|_| problem.dtype),
-            q_norm: self.queries.is_some_and(|queries| queries.norm.is_some()),
+            queries: queries.map(|_| problem.dtype),
+            parts: parts.is_some(),
+            q_norm: q_norm.is_some(),
             k_norm: self.k_norm.is_some(),
         };
         if commands.device().is_cpu() || !form.fits(commands.device()) {
@@ -100,7 +140,7 @@ impl<'a> StoreRotated<'a> {
         }
         plan.stores()?;
         let batch = plan.batch();
-        let (k, v) = Rows::of(problem.kind, &self.store, true);
+        let (k, v) = Rows::of(kind, &self.store, true);
         for rows in [Some(&k), v.as_ref()].into_iter().flatten() {
             rows.validate(batch, form.dtype)?;
         }
@@ -108,12 +148,13 @@ impl<'a> StoreRotated<'a> {
 
         let device = commands.device();
         let pipeline = device.cached_pipeline("store_rotated", form.variant(), |device| form.compile(device))?;
-        let q_norm = self.queries.and_then(|queries| queries.norm);
         let eps = |norm: Option<HeadNorm<'_>>| norm.map_or(0.0, |norm| norm.eps);
+        let normed = |norm: Option<HeadNorm<'_>>| norm.map_or(0, |norm| norm.dim);
+        let part = |at: usize| parts.map_or([0; 3], |parts| [parts[at].offset, parts[at].stride, parts[at].dim]);
         let call = Immediates {
-            query_heads: if self.queries.is_some() { query_heads } else { 0 },
-            kv_heads,
-            q_offset: self.queries.map_or(0, |queries| queries.offset),
+            query_heads: if queries.is_some() { kind.query_heads() } else { 0 },
+            kv_heads: kind.kv_heads(),
+            q_offset: offset,
             k_offset: self.store.k_offset,
             k_stride: self.store.k_stride,
             v_offset: self.store.v_offset,
@@ -121,28 +162,42 @@ impl<'a> StoreRotated<'a> {
             positions: self.rotation.table_positions,
             dim: self.rotation.dim,
             first: self.rotation.first,
+            q_normed: normed(q_norm),
+            k_normed: normed(self.k_norm),
             q_eps: eps(q_norm),
             k_eps: eps(self.k_norm),
+            front: part(0),
+            back: part(1),
         };
         let index = plan.index(commands)?;
         let StoreKv { k, v, k_cache, v_cache, k_scale, v_scale, .. } = self.store;
-        let mut slices = [index; MOST_BINDINGS];
-        slices[1..7].copy_from_slice(&[self.rotation.table, self.rotation.positions, k, v, k_cache, v_cache]);
-        let scaled = form.dtype == KvDType::Q8;
-        let optional = [
+        let (scaled, values) = (form.dtype == KvDType::Q8, form.value_dim.is_some());
+        // In the order of `Form::bindings`.
+        let all = [
+            Some(index),
+            Some(self.rotation.table),
+            Some(self.rotation.positions),
+            Some(k),
+            Some(k_cache),
+            Some(v).filter(|_| values),
+            Some(v_cache).filter(|_| values),
             k_scale.filter(|_| scaled),
-            v_scale.filter(|_| scaled),
-            self.queries.map(|queries| queries.out),
+            v_scale.filter(|_| scaled && values),
+            queries.map(|queries| queries.out),
+            parts.map(|parts| parts[0].rows),
+            parts.map(|parts| parts[1].rows),
             q_norm.map(|norm| norm.weight),
             self.k_norm.map(|norm| norm.weight),
         ];
-        let mut bound = 7;
-        for slice in optional.into_iter().flatten() {
+        let mut slices = [index; MOST_BINDINGS];
+        let mut bound = 0;
+        for slice in all.into_iter().flatten() {
             slices[bound] = slice;
             bound += 1;
         }
+        let heads = call.query_heads + call.kv_heads * (1 + u32::from(values));
         let rows = batch.rows();
-        let groups = [call.query_heads + 2 * kv_heads, rows.min(MOST_ROWS), rows.div_ceil(MOST_ROWS)];
+        let groups = [heads, rows.min(MOST_ROWS), rows.div_ceil(MOST_ROWS)];
         commands.dispatch(&pipeline, &slices[..bound], bytemuck::bytes_of(&call), groups)?;
         Ok(true)
     }
@@ -161,23 +216,47 @@ impl<'a> StoreRotated<'a> {
             bytes if bytes < needed => Err(BackendError::Io(format!("{name} have {bytes} bytes, need {needed}"))),
             _ => Ok(()),
         };
+        let check_norm = |name: &str, norm: Option<HeadNorm<'_>>| match norm {
+            None => Ok(()),
+            Some(HeadNorm { weight, dim, .. }) if (1..=head_dim).contains(&dim.into()) => {
+                check(name, weight, u64::from(dim) * 4)
+            }
+            Some(HeadNorm { dim, .. }) => {
+                Err(BackendError::Io(format!("{name} are {dim}, for heads of {head_dim} elements")))
+            }
+        };
         check("rotations", table, u64::from(table_positions) * u64::from(dim) * 4)?;
         check("positions", positions, u64::from(rows) * 4)?;
-        if let Some(norm) = self.k_norm {
-            check("weights of the key norm", norm.weight, head_dim * 4)?;
-        }
+        check_norm("weights of the key norm", self.k_norm)?;
         let Some(queries) = self.queries else { return Ok(()) };
-        if let Some(norm) = queries.norm {
-            check("weights of the query norm", norm.weight, head_dim * 4)?;
-        }
+        check_norm("weights of the query norm", queries.norm)?;
         check("rotated queries", queries.out, u64::from(rows) * heads * head_dim * problem.dtype.bytes())?;
-        let before = u64::from(rows.saturating_sub(1)) * u64::from(self.store.k_stride);
-        let end = if rows > 0 { u64::from(queries.offset) + before + heads * head_dim } else { 0 };
-        check("rows of queries", self.store.k, end * 4)
+        // Elements up to the last of the last row, where each of `count` has `dim` of them.
+        let end = |offset: u32, stride: u32, count: u64, dim: u64| match count {
+            0 => 0,
+            _ => u64::from(offset) + (count - 1) * u64::from(stride) + dim,
+        };
+        match queries.source {
+            QuerySource::KeyRows(offset) => {
+                let end = end(offset, self.store.k_stride, rows.into(), heads * head_dim);
+                check("rows of queries", self.store.k, end * 4)
+            }
+            QuerySource::Parts(parts) => {
+                let [front, back] = parts.map(|part| u64::from(part.dim));
+                if front + back != head_dim {
+                    let message = format!("queries in parts of {front} and {back} elements for heads of {head_dim}");
+                    return Err(BackendError::Io(message));
+                }
+                parts.iter().try_for_each(|part| {
+                    let end = end(part.offset, part.stride, u64::from(rows) * heads, part.dim.into());
+                    check("parts of queries", part.rows, end * 4)
+                })
+            }
+        }
     }
 }
 
-const MOST_BINDINGS: usize = 12;
+const MOST_BINDINGS: usize = 14;
 
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
@@ -192,8 +271,13 @@ struct Immediates {
     positions: u32,
     dim: u32,
     first: u32,
+    q_normed: u32,
+    k_normed: u32,
     q_eps: f32,
     k_eps: f32,
+    /// Offset, stride and elements.
+    front: [u32; 3],
+    back: [u32; 3],
 }
 
 /// What decides the shader.
@@ -202,25 +286,33 @@ struct Form {
     dtype: KvDType,
     layout: KvLayout,
     head_dim: u32,
-    value_dim: u32,
+    /// Elements of a value, unless the key has them.
+    value_dim: Option<u32>,
     interleaved: bool,
     /// Format of the queries, if there are any.
     queries: Option<DType>,
+    /// Whether these lie in two parts.
+    parts: bool,
     q_norm: bool,
     k_norm: bool,
 }
 
 impl Form {
+    /// Elements of the longest head.
+    fn room(&self) -> u32 {
+        self.head_dim.max(self.value_dim.unwrap_or(0))
+    }
+
     /// Whether a workgroup can write a head by itself.
     fn fits(&self, device: &Device) -> bool {
         let limits = &device.facts().limits;
         let words = |dim: u32| (u64::from(dim) * self.dtype.bytes()).is_multiple_of(4);
-        let memory = u64::from(self.head_dim.max(self.value_dim)) * 4 + 2 * 256;
+        let memory = u64::from(self.room()) * 4 + 2 * 256;
         self.head_dim.is_multiple_of(2)
             && words(self.head_dim)
-            && words(self.value_dim)
+            && self.value_dim.is_none_or(words)
             && memory <= limits.workgroup_bytes.into()
-            && self.bindings().1 <= limits.storage_buffers as usize
+            && self.bindings().count() <= limits.storage_buffers as usize
     }
 
     /// Workgroup memory keeps dimensions far below 24 bits.
@@ -231,34 +323,43 @@ impl Form {
             Some(DType::F16) => 2,
             Some(_) => 3,
         };
-        let flags = u64::from(self.interleaved) | u64::from(self.q_norm) << 1 | u64::from(self.k_norm) << 2;
-        let formats = queries << 3 | (self.layout as u64) << 5 | (self.dtype as u64) << 7;
-        u64::from(self.head_dim) << 40 | u64::from(self.value_dim) << 16 | formats | flags
+        let flags = [self.interleaved, self.q_norm, self.k_norm, self.parts, self.value_dim.is_some()];
+        let flags = flags.into_iter().fold(0, |flags, flag| flags << 1 | u64::from(flag));
+        let formats = queries << 5 | (self.layout as u64) << 7 | (self.dtype as u64) << 9;
+        u64::from(self.head_dim) << 40 | u64::from(self.value_dim.unwrap_or(0)) << 16 | formats | flags
     }
 
-    /// The bindings, and how many there are.
-    fn bindings(&self) -> ([Access; MOST_BINDINGS], usize) {
+    /// The bindings in order: name, access and element.
+    fn bindings(&self) -> impl Iterator<Item = (&'static str, Access, &'static str)> {
         use Access::{Read, ReadWrite};
-        let mut bindings = [Read; MOST_BINDINGS];
-        bindings[5..7].fill(ReadWrite);
-        let scaled = (self.dtype == KvDType::Q8).then_some(ReadWrite);
-        let norms = [self.q_norm, self.k_norm].map(|norm| norm.then_some(Read));
-        let optional = [scaled, scaled, self.queries.map(|_| ReadWrite), norms[0], norms[1]];
-        let mut bound = 7;
-        for access in optional.into_iter().flatten() {
-            bindings[bound] = access;
-            bound += 1;
-        }
-        (bindings, bound)
+        let (scaled, values) = (self.dtype == KvDType::Q8, self.value_dim.is_some());
+        let query = if self.queries == Some(DType::F32) { "f32" } else { "u32" };
+        let all: [(bool, &str, Access, &str); MOST_BINDINGS] = [
+            (true, "batch", Read, "u32"),
+            (true, "table", Read, "vec2<f32>"),
+            (true, "positions", Read, "u32"),
+            (true, "k_rows", Read, "f32"),
+            (true, "k_cache", ReadWrite, "u32"),
+            (values, "v_rows", Read, "f32"),
+            (values, "v_cache", ReadWrite, "u32"),
+            (scaled, "k_scale", ReadWrite, "u32"),
+            (scaled && values, "v_scale", ReadWrite, "u32"),
+            (self.queries.is_some(), "q_out", ReadWrite, query),
+            (self.parts, "q_front", Read, "f32"),
+            (self.parts, "q_back", Read, "f32"),
+            (self.q_norm, "q_norm", Read, "f32"),
+            (self.k_norm, "k_norm", Read, "f32"),
+        ];
+        all.into_iter().filter(|binding| binding.0).map(|(_, name, access, element)| (name, access, element))
     }
 
     fn compile(&self, device: &Device) -> Result<Pipeline, DeviceError> {
-        let (bindings, bound) = self.bindings();
+        let bindings: Vec<Access> = self.bindings().map(|(_, access, _)| access).collect();
         device.pipeline(&PipelineSpec {
             label: "store_rotated",
             source: &self.source(),
             entry: "store_rotated",
-            bindings: &bindings[..bound],
+            bindings: &bindings,
             immediate_bytes: size_of::<Immediates>() as u32,
             constants: &[],
         })
@@ -267,24 +368,24 @@ impl Form {
     fn source(&self) -> String {
         let Self { dtype, layout, head_dim, value_dim, interleaved, q_norm, k_norm, .. } = *self;
         let scaled = dtype == KvDType::Q8;
-        let mut declared = format!("const VALUE_DIM = {value_dim}u;\n");
-        let mut binding = 7;
-        let mut bind = |wanted: bool, access: &str, name: &str, element: &str| {
-            if wanted {
-                declared +=
-                    &format!("@group(0) @binding({binding}) var<storage, {access}> {name}: array<{element}>;\n");
-                binding += 1;
-            }
-        };
-        bind(scaled, "read_write", "k_scale", "u32");
-        bind(scaled, "read_write", "v_scale", "u32");
-        let wide = self.queries == Some(DType::F32);
-        bind(self.queries.is_some(), "read_write", "q_out", if wide { "f32" } else { "u32" });
-        bind(q_norm, "read", "q_norm", "f32");
-        bind(k_norm, "read", "k_norm", "f32");
+        let mut declared = value_dim.map_or_else(String::new, |dim| format!("const VALUE_DIM = {dim}u;\n"));
+        // The batch brings its own binding.
+        for (binding, (name, access, element)) in self.bindings().enumerate().skip(1) {
+            let access = if access == Access::Read { "read" } else { "read_write" };
+            declared += &format!("@group(0) @binding({binding}) var<storage, {access}> {name}: array<{element}>;\n");
+        }
         if scaled {
             declared += "var<workgroup> sizes: array<u32, 64>;\n";
         }
+        if self.parts {
+            declared += HEAD_PARTS_WGSL;
+        }
+        let load = if self.parts {
+            "var x: f32;
+            if (query) { x = of_parts(row * p.query_heads + place, i); } else { x = k_rows[base + i]; }"
+        } else {
+            "let x = k_rows[base + i];"
+        };
         let queries = self.queries.map_or_else(String::new, |dtype| {
             let per_word = 4 / dtype.bytes();
             let word = match dtype {
@@ -301,19 +402,22 @@ impl Form {
             )
         });
         let scale = if scaled {
-            "var most = 0u;
-             for (var i = local; i < select(VALUE_DIM, HEAD_DIM, key); i += 64u) {
-                 most = max(most, bitcast<u32>(head[i]) & 0x7fffffffu);
-             }
-             sizes[local] = most;
-             workgroupBarrier();
-             for (var half = 32u; half > 0u; half >>= 1u) {
-                 if (local < half) { sizes[local] = max(sizes[local], sizes[local + half]); }
-                 workgroupBarrier();
-             }
-             let scale = scale_of(sizes[0]);"
+            let dim = if value_dim.is_some() { "select(VALUE_DIM, HEAD_DIM, key)" } else { "HEAD_DIM" };
+            format!(
+                "var most = 0u;
+                for (var i = local; i < {dim}; i += 64u) {{
+                    most = max(most, bitcast<u32>(head[i]) & 0x7fffffffu);
+                }}
+                sizes[local] = most;
+                workgroupBarrier();
+                for (var half = 32u; half > 0u; half >>= 1u) {{
+                    if (local < half) {{ sizes[local] = max(sizes[local], sizes[local + half]); }}
+                    workgroupBarrier();
+                }}
+                let scale = scale_of(sizes[0]);"
+            )
         } else {
-            ""
+            String::new()
         };
         let per_word = 4 / dtype.bytes();
         let store = |name: &str, dim: u32| {
@@ -329,31 +433,43 @@ impl Form {
                 }}"
             )
         };
+        let values = value_dim.map_or_else(Default::default, |dim| [V_LOAD.to_owned(), store("v", dim)]);
         let main = include_str!("rotated.wgsl")
             .replace("MOST_ROWS", &MOST_ROWS.to_string())
             .replace("QUERIES", &queries)
-            .replace("SCALE", scale)
+            .replace("SCALE", &scale)
             .replace("K_STORE", &store("k", head_dim))
-            .replace("V_STORE", &store("v", value_dim));
-        let rotary = rotary_wgsl(head_dim, head_dim.max(value_dim), interleaved, q_norm, k_norm);
+            .replace("V_STORE", &values[1])
+            .replace("V_LOAD", &values[0])
+            .replace("LOAD", load);
+        let rotary = rotary_wgsl(head_dim, self.room(), interleaved, q_norm, k_norm);
         [wgsl::PREAMBLE, BATCH_WGSL, layout.wgsl(), &helpers(dtype), &declared, &rotary, &main].concat()
     }
 }
 
+/// A value head as it is.
+const V_LOAD: &str = "let base = row * p.v_stride + p.v_offset + (place - p.query_heads - p.kv_heads) * VALUE_DIM;
+        for (var i = local; i < VALUE_DIM; i += 64u) {
+            head[i] = v_rows[base + i];
+        }";
+
 /// WGSL that norms and rotates a head, for kernels of a workgroup of 64 invocations by head: `head`, `room` f32 elements
-/// of workgroup memory, at least `head_dim`; `head_scale(local, square, eps)`, a barrier after which `head` is complete
-/// and the factor of the norm; `turn_head(local, row, query, scale)`, both in place, with a barrier to follow.
+/// of workgroup memory, at least `head_dim`; `normed_dim(query)`, how many elements of a head are normed, the first
+/// ones; `head_scale(local, query, square, eps)`, a barrier after which `head` is complete and the factor of the norm,
+/// of the squares of those elements; `turn_head(local, row, query, scale)`, both in place, with a barrier to follow.
 ///
 /// The kernel declares `table` (`array<vec2<f32>>`, cosine and sine of each pair), `positions` (`array<u32>`), `q_norm`
 /// and `k_norm` (`array<f32>`) where heads are normed, and immediates `p` with `positions`, `dim` and `first` as in
-/// [`Rotation`].
+/// [`Rotation`], and `q_normed` and `k_normed`, the `dim` of each [`HeadNorm`], 0 without.
 #[must_use]
 pub fn rotary_wgsl(head_dim: u32, room: u32, interleaved: bool, q_norm: bool, k_norm: bool) -> String {
     let normed = |norm: bool, name: &str| if norm { format!("head[i] * scale * {name}[i]") } else { "head[i]".into() };
     format!(
         "const HEAD_DIM = {head_dim}u;\nconst HEAD_ROOM = {room}u;\nconst INTERLEAVED = {interleaved};\n\
          const NORM = {};\n\
-         fn normed(i: u32, query: bool, scale: f32) -> f32 {{ if (query) {{ return {}; }} return {}; }}\n{}",
+         fn normed(i: u32, query: bool, scale: f32) -> f32 {{\n    \
+             if (i >= normed_dim(query)) {{ return head[i]; }}\n    \
+             if (query) {{ return {}; }}\n    return {};\n}}\n{}",
         q_norm || k_norm,
         normed(q_norm, "q_norm"),
         normed(k_norm, "k_norm"),
@@ -361,13 +477,20 @@ pub fn rotary_wgsl(head_dim: u32, room: u32, interleaved: bool, q_norm: bool, k_
     )
 }
 
+/// WGSL that reads a query head in two parts: `of_parts(at, i)`, element `i` of the head that has `at` heads before it,
+/// those of earlier rows among them.
+///
+/// The kernel declares `q_front` and `q_back` (`array<f32>`) and immediates `p` with the `offset`, `stride` and `dim`
+/// of each [`HeadPart`]: `front_offset` to `back_dim`.
+pub const HEAD_PARTS_WGSL: &str = include_str!("parts.wgsl");
+
 #[cfg(test)]
 mod tests {
     use naga::{
         back::{hlsl, msl, spv},
         valid::{Capabilities, ValidationFlags, Validator},
     };
-    use polyattn_device::{Access, DType};
+    use polyattn_device::DType;
 
     use super::Form;
     use crate::{KvDType, KvLayout};
@@ -375,16 +498,19 @@ mod tests {
     /// Every variant of the shader, in every language that wgpu hands it to a driver in.
     #[test]
     fn translates() {
-        for number in 0..6 * 2 * 32 {
+        for number in 0..6 * 3 * 64 {
             let flag = |bit: usize| number >> bit & 1 == 1;
+            let layout = [KvLayout::PageTokenHead, KvLayout::PageHeadToken, KvLayout::PageTokenLatent][number / 64 % 3];
+            let queries = [None, Some(DType::F32), Some(DType::F16), Some(DType::BF16)][number >> 4 & 3];
             let form = Form {
-                dtype: KvDType::ALL[number / 64],
-                layout: if flag(5) { KvLayout::PageTokenHead } else { KvLayout::PageHeadToken },
+                dtype: KvDType::ALL[number / 192],
+                layout,
                 head_dim: 64,
-                value_dim: 128,
+                value_dim: (layout != KvLayout::PageTokenLatent).then_some(128),
                 interleaved: flag(0),
-                queries: [None, Some(DType::F32), Some(DType::F16), Some(DType::BF16)][number >> 3 & 3],
-                q_norm: flag(1) && number >> 3 & 3 != 0,
+                queries,
+                parts: flag(3) && queries.is_some(),
+                q_norm: flag(1) && queries.is_some(),
                 k_norm: flag(2),
             };
             let source = form.source();
@@ -395,13 +521,7 @@ mod tests {
             let info = Validator::new(ValidationFlags::all(), capabilities)
                 .validate(&module)
                 .unwrap_or_else(|error| panic!("{}", context(error.emit_to_string(&source))));
-            let (bindings, bound) = form.bindings();
-            for (binding, access) in bindings[..bound].iter().enumerate().skip(1) {
-                let access = if *access == Access::Read { "read" } else { "read_write" };
-                let declared = format!("@group(0) @binding({binding}) var<storage, {access}>");
-                assert!(source.contains(&declared), "{}", context(declared));
-            }
-            assert_eq!(source.matches("@binding(").count(), bound, "{form:?}");
+            assert_eq!(source.matches("@binding(").count(), form.bindings().count(), "{form:?}");
             let text = |what: &str, error: &dyn std::fmt::Display| context(format!("{what}: {error}"));
             spv::write_vec(&module, &info, &spv::Options::default(), None)
                 .unwrap_or_else(|error| panic!("{}", text("SPIR-V", &error)));

@@ -1,5 +1,5 @@
 // One head of one row by workgroup: query heads are normed, rotated and narrowed for attention, key heads go the same way
-// into the cache, value heads there as they are.
+// into the cache, and value heads there as they are, where keys are not values too.
 struct Call {
     query_heads: u32,
     kv_heads: u32,
@@ -12,16 +12,19 @@ struct Call {
     // Elements that are rotated, and the first of them.
     dim: u32,
     first: u32,
+    // Elements of a head that are normed.
+    q_normed: u32,
+    k_normed: u32,
     q_eps: f32,
     k_eps: f32,
+    front_offset: u32,
+    front_stride: u32,
+    front_dim: u32,
+    back_offset: u32,
+    back_stride: u32,
+    back_dim: u32,
 }
 var<immediate> p: Call;
-@group(0) @binding(1) var<storage, read> table: array<vec2<f32>>;
-@group(0) @binding(2) var<storage, read> positions: array<u32>;
-@group(0) @binding(3) var<storage, read> k_rows: array<f32>;
-@group(0) @binding(4) var<storage, read> v_rows: array<f32>;
-@group(0) @binding(5) var<storage, read_write> k_cache: array<u32>;
-@group(0) @binding(6) var<storage, read_write> v_cache: array<u32>;
 
 @compute @workgroup_size(64)
 fn store_rotated(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) local: u32) {
@@ -35,17 +38,14 @@ fn store_rotated(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_inv
             + select(p.k_offset + (place - p.query_heads) * HEAD_DIM, p.q_offset + place * HEAD_DIM, query);
         var square = 0.0;
         for (var i = local; i < HEAD_DIM; i += 64u) {
-            let x = k_rows[base + i];
+            LOAD
             head[i] = x;
-            square = fma(x, x, square);
+            if (i < normed_dim(query)) { square = fma(x, x, square); }
         }
-        let scale = head_scale(local, square, select(p.k_eps, p.q_eps, query));
+        let scale = head_scale(local, query, square, select(p.k_eps, p.q_eps, query));
         turn_head(local, row, query, scale);
     } else {
-        let base = row * p.v_stride + p.v_offset + (place - p.query_heads - p.kv_heads) * VALUE_DIM;
-        for (var i = local; i < VALUE_DIM; i += 64u) {
-            head[i] = v_rows[base + i];
-        }
+        V_LOAD
     }
     workgroupBarrier();
     QUERIES

@@ -227,6 +227,7 @@ impl<'a> Bench<'a> {
                 query_heads: 9,
                 kv_heads: 3,
                 head_dim: 64,
+                parts: None,
                 q_norm: None,
                 k_norm: None,
                 table: &self.table,

@@ -8,7 +8,7 @@ mod mla;
 
 use std::sync::Arc;
 
-use polyattn_api::{AttentionKernel, AttentionKind, MoeKernel, Plan, RotatedQueries, StoreKv, StoreRotated};
+use polyattn_api::{AttentionKernel, MoeKernel, Plan, QuerySource, RotatedQueries, StoreKv, StoreRotated};
 use polyattn_device::{Buffer, BufferSlice, Commands, DType, Device};
 
 use crate::{
@@ -215,26 +215,26 @@ pub struct LayerAttention<'a> {
 
 impl LayerAttention<'_> {
     /// Records [`ops::rope`] and the writing of keys and values into the caches; the values of a row stand behind its
-    /// key heads. In one dispatch where the kernel offers it ([`AttentionKernel::store_rotated`]): the keys in `call.qkv`
-    /// are rotated or not afterwards.
+    /// key heads, with latent attention in its one key. In one dispatch where the kernel offers it
+    /// ([`AttentionKernel::store_rotated`]): the keys in `call.qkv` are normed and rotated or not afterwards.
     ///
     /// # Errors
     /// As [`ops::rope`]; caches that do not fit.
     pub fn rotate_and_store(&self, commands: &mut Commands, call: &RopeCall<'_>) -> Result<(), NnError> {
-        let k_offset = call.offset + call.query_heads * call.head_dim;
+        ops::check_rope(call)?;
+        let k_offset = call.offset + if call.parts.is_some() { 0 } else { call.query_heads * call.head_dim };
         let v_offset = k_offset + call.kv_heads * call.head_dim;
         let store = StoreKv::from_rows(call.qkv, call.stride, k_offset, v_offset, self.k_cache, self.v_cache);
-        ops::check_rope(call)?;
         // A kernel knows rows, heads and formats from its plan and its problem.
         let problem = self.kernel.problem();
-        let alike = matches!(problem.kind, AttentionKind::Gqa { query_heads, kv_heads, head_dim, .. }
-            if (kv_heads, head_dim) == (call.kv_heads, call.head_dim)
-                && (call.query_heads == 0 || (query_heads, problem.dtype) == (call.query_heads, call.q_dtype)));
+        let kind = problem.kind;
+        let alike = (kind.kv_heads(), kind.query_dim()) == (call.kv_heads, call.head_dim)
+            && (call.query_heads == 0 || (kind.query_heads(), problem.dtype) == (call.query_heads, call.q_dtype));
         if alike && self.plan.batch().rows() == call.rows {
             let mut io = StoreRotated::new(store, call.table.rotation(call.pairing, call.positions));
             io.k_norm = call.k_norm.map(Into::into);
             io.queries = (call.query_heads > 0).then(|| RotatedQueries {
-                offset: call.offset,
+                source: call.parts.map_or(QuerySource::KeyRows(call.offset), QuerySource::Parts),
                 norm: call.q_norm.map(Into::into),
                 out: call.q_out,
             });

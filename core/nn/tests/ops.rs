@@ -6,6 +6,7 @@ mod common;
 
 use common::{Random, devices, floats, poison};
 use half::{bf16, f16};
+use polyattn_api::HeadPart;
 use polyattn_device::{DType, Device};
 use polyattn_nn::{
     load::RopePairing,
@@ -50,7 +51,7 @@ fn close(what: &str, found: &[f32], expected: &[f64], tolerance: f64) {
 }
 
 fn normed(x: &[f32], weight: &[f32], eps: f32) -> Vec<f64> {
-    x.chunks(weight.len())
+    x.chunks(weight.len().max(1))
         .flat_map(|row| {
             let mean = row.iter().map(|value| f64::from(*value).powi(2)).sum::<f64>() / row.len() as f64;
             let scale = 1.0 / (mean + f64::from(eps)).sqrt();
@@ -284,8 +285,11 @@ fn rope() {
                         counter += 1;
                         let (has_q, has_k) = (flag(counter, 0), flag(counter, 1));
                         let offset = if flag(counter, 2) { 10 } else { 0 };
-                        let stride =
-                            offset + (query_heads + 2 * kv_heads) * head_dim + if flag(counter, 3) { 5 } else { 0 };
+                        // Queries among the keys, or in two parts elsewhere; norms of a head or of its first elements.
+                        let (apart, front) = (flag(counter, 4), head_dim / 3);
+                        let inside = if apart { 0 } else { query_heads };
+                        let (q_normed, k_normed) = if flag(counter, 5) { (front, 1) } else { (head_dim, head_dim) };
+                        let stride = offset + (inside + 2 * kv_heads) * head_dim + if flag(counter, 3) { 5 } else { 0 };
                         let frequencies: Vec<f64> =
                             (0..dim / 2).map(|i| 10_000f64.powf(-2.0 * i as f64 / dim as f64)).collect();
                         let table = RopeTable::new(&device, &frequencies, 500).unwrap();
@@ -299,7 +303,16 @@ fn rope() {
                         let q_width = query_heads * head_dim;
                         let q_bytes = (rows * q_width) as u64 * q_dtype.bytes();
                         let q_out = device.upload(&vec![0xffu8; q_bytes as usize], "q").unwrap();
-                        let (q_weight, k_weight) = (random.vec(head_dim), random.vec(head_dim));
+                        let (q_weight, k_weight) = (random.vec(q_normed), random.vec(k_normed));
+                        let part_stride = head_dim + 3;
+                        let parts = [7, 8].map(|_| random.vec((rows * query_heads + 1) * part_stride));
+                        let part_buffers = parts.each_ref().map(|part| floats(&device, part));
+                        let part = |at: usize, offset, dim| HeadPart {
+                            rows: part_buffers[at].whole(),
+                            offset,
+                            stride: part_stride as u32,
+                            dim: dim as u32,
+                        };
                         let (q_vector, k_vector) = (vector(&device, &q_weight), vector(&device, &k_weight));
                         let call = RopeCall {
                             qkv: qkv_buffer.whole(),
@@ -309,6 +322,7 @@ fn rope() {
                             query_heads: query_heads as u32,
                             kv_heads: kv_heads as u32,
                             head_dim: head_dim as u32,
+                            parts: apart.then_some([part(0, 0, front), part(1, 2, head_dim - front)]),
                             q_norm: has_q.then_some(Norm { weight: &q_vector, eps: 1e-5 }),
                             k_norm: has_k.then_some(Norm { weight: &k_vector, eps: 1e-6 }),
                             table: &table,
@@ -324,13 +338,22 @@ fn rope() {
                         for (row, position) in positions.iter().enumerate() {
                             for head in 0..query_heads + kv_heads {
                                 let query = head < query_heads;
-                                let start = row * stride + offset + head * head_dim;
-                                let x = &qkv[start..start + head_dim];
-                                let x = match (query, has_q, has_k) {
-                                    (true, true, _) => normed(x, &q_weight, 1e-5),
-                                    (false, _, true) => normed(x, &k_weight, 1e-6),
-                                    _ => x.iter().map(|value| f64::from(*value)).collect(),
+                                let place = if query { head } else { head + inside - query_heads };
+                                let start = row * stride + offset + place * head_dim;
+                                let x = if query && apart {
+                                    let at = (row * query_heads + head) * part_stride;
+                                    [&parts[0][at..][..front], &parts[1][at + 2..][..head_dim - front]].concat()
+                                } else {
+                                    qkv[start..start + head_dim].to_vec()
                                 };
+                                let (weight, eps) = match (query, has_q, has_k) {
+                                    (true, true, _) => (&q_weight[..], 1e-5),
+                                    (false, _, true) => (&k_weight[..], 1e-6),
+                                    _ => (&[][..], 1.0),
+                                };
+                                let (first, rest) = x.split_at(weight.len());
+                                let mut x = normed(first, weight, eps);
+                                x.extend(rest.iter().map(|value| f64::from(*value)));
                                 let mut turned = x.clone();
                                 for (pair, frequency) in frequencies.iter().enumerate() {
                                     let (sin, cos) = (f64::from((*position).min(499)) * frequency).sin_cos();
@@ -625,6 +648,7 @@ fn wrong_sizes_are_typed_errors() {
             query_heads: 1,
             kv_heads: 1,
             head_dim: 4,
+            parts: None,
             q_norm: None,
             k_norm: None,
             table: &table,
@@ -640,6 +664,18 @@ fn wrong_sizes_are_typed_errors() {
         is_shape(ops::rope(&mut commands, &RopeCall { offset: 1, ..rope }));
         is_shape(ops::rope(&mut commands, &RopeCall { rows: 2, ..rope }));
         is_shape(ops::rope(&mut commands, &RopeCall { query_heads: u32::MAX, ..rope }));
+        let part = |dim| HeadPart { rows: weight.buffer.whole(), offset: 0, stride: 4, dim };
+        for (parts, fits) in [([2, 2], true), ([2, 3], false), ([u32::MAX, 5], false)] {
+            let result = ops::rope(&mut commands, &RopeCall { parts: Some(parts.map(part)), ..rope });
+            assert_eq!(result.is_ok(), fits, "{parts:?}: {result:?}");
+        }
+        let parts = Some([part(2), HeadPart { offset: u32::MAX, ..part(2) }]);
+        is_shape(ops::rope(&mut commands, &RopeCall { parts, ..rope }));
+        let parts = Some([part(2), part(2)]);
+        is_shape(ops::rope(&mut commands, &RopeCall { parts, query_heads: u32::MAX, ..rope }));
+        let long = vector(&device, &[1.0; 5]);
+        let k_norm = Some(Norm { weight: &long, eps: 1e-5 });
+        is_shape(ops::rope(&mut commands, &RopeCall { k_norm, ..rope }));
         let _ = commands.submit().unwrap();
 
         // One buffer for input and output is refused, at once or when it is submitted.

@@ -3,8 +3,8 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 use polyattn_api::{
-    AttentionIo, AttentionKernel, AttentionKind, AttentionProblem, BackendError, BatchLayout, Commands, KvDType,
-    KvLayout, Plan, PlanPool, RotatedQueries, StoreKv, StoreRotated,
+    AttentionIo, AttentionKernel, AttentionKind, AttentionProblem, BackendError, BatchLayout, Commands, HeadPart,
+    KvDType, KvLayout, Plan, PlanPool, QuerySource, RotatedQueries, StoreKv, StoreRotated,
 };
 use polyattn_device::{Buffer, DType, Device, DeviceChoice};
 use polyattn_nn::{
@@ -60,11 +60,16 @@ struct Case {
     query_heads: u32,
     kv_heads: u32,
     head_dim: u32,
-    value_dim: u32,
-    /// Elements that are rotated, and the first of them.
+    /// Elements of a value; none where the key has them, as latent attention's.
+    value_dim: Option<u32>,
+    /// Elements that are rotated, and the first of them; with latent attention the rope part.
     rotated: [u32; 2],
     pairing: RopePairing,
     norms: [bool; 2],
+    /// Elements that the norms take.
+    normed: u32,
+    /// Elements of the first part of a query, where queries lie in two.
+    parts: Option<u32>,
     /// Format of the queries, if there are any.
     queries: Option<DType>,
     dtype: KvDType,
@@ -83,6 +88,9 @@ fn batch() -> BatchLayout {
 
 const ROWS: u32 = 22;
 const SLOTS: usize = 64;
+/// Elements from one head's part to the next, and before the first.
+const PART_STRIDE: u32 = 640;
+const PART_OFFSET: u32 = 7;
 
 /// A case on a device, its caches and queries poisoned.
 struct Setting {
@@ -94,6 +102,7 @@ struct Setting {
     table: RopeTable,
     positions: Buffer,
     norms: [Vector; 2],
+    parts: [Buffer; 2],
     q_out: Buffer,
     caches: [Buffer; 4],
 }
@@ -102,36 +111,51 @@ impl Setting {
     fn new(device: &Device, case: Case) -> Self {
         let Case { query_heads, kv_heads, head_dim, value_dim, rotated: [dim, first], queries, dtype, .. } = case;
         let query_heads = if queries.is_some() { query_heads } else { 0 };
+        let inside = if case.parts.is_some() { 0 } else { query_heads };
+        let value_dim = value_dim.unwrap_or(0);
         let offset = 5;
-        let stride = offset + (query_heads + kv_heads) * head_dim + kv_heads * value_dim + 3;
+        let stride = offset + (inside + kv_heads) * head_dim + kv_heads * value_dim + 3;
         let frequencies: Vec<f64> = (0..dim / 2).map(|i| 100f64.powf(-2.0 * f64::from(i) / f64::from(dim))).collect();
         // The last position lies beyond the table.
         let positions: Vec<u32> = (0..ROWS).map(|row| if row + 1 == ROWS { 7000 } else { row * 29 }).collect();
-        let norm =
-            |seed| Vector { buffer: device.upload(&random(head_dim as usize, seed), "norm").unwrap(), len: head_dim };
+        let floats = |count: u32, seed| device.upload(&random(count as usize, seed), "floats").unwrap();
+        let norm = |seed| Vector { buffer: floats(case.normed, seed), len: case.normed };
+        let part = |seed| floats(ROWS * query_heads * PART_STRIDE + PART_OFFSET, seed);
         let poison = |bytes: usize| device.upload(&vec![0xA5u8; bytes.max(16)], "poison").unwrap();
         let places = SLOTS * kv_heads as usize;
         let cache = |dim: u32| poison(places * dim as usize * dtype.bytes() as usize);
         Self {
             case,
             device: device.clone(),
-            rows: device.upload(&random((ROWS * stride) as usize, 3), "rows").unwrap(),
+            rows: floats(ROWS * stride, 3),
             offset,
             stride,
             table: RopeTable::new(device, &frequencies, 500).unwrap().from_element(first),
             positions: device.upload(&positions, "positions").unwrap(),
             norms: [norm(11), norm(12)],
+            parts: [part(21), part(22)],
             q_out: poison((ROWS * query_heads * head_dim) as usize * 4),
             caches: [cache(head_dim), cache(value_dim), poison(places * 4), poison(places * 4)],
         }
     }
 
     fn kernel(&self, fused: bool) -> Store {
-        let Case { query_heads, kv_heads, head_dim, value_dim, dtype, layout, queries, .. } = self.case;
-        let kind = AttentionKind::Gqa { query_heads, kv_heads, head_dim, value_dim };
+        let Case { query_heads, kv_heads, head_dim, value_dim, rotated, dtype, layout, queries, .. } = self.case;
+        let kind = match value_dim {
+            Some(value_dim) => AttentionKind::Gqa { query_heads, kv_heads, head_dim, value_dim },
+            None => AttentionKind::Mla { query_heads, latent_dim: rotated[1], rope_dim: rotated[0] },
+        };
         let mut problem = AttentionProblem::new(kind, queries.unwrap_or(DType::F32)).page_size(4);
         (problem.kv_dtype, problem.kv_layout) = (dtype, layout);
         Store { device: self.device.clone(), problem, pool: PlanPool::default(), fused }
+    }
+
+    /// The parts of the queries: the second lies at the end of wider ones.
+    fn parts(&self) -> Option<[HeadPart<'_>; 2]> {
+        let first = self.case.parts?;
+        let part = |at: usize, offset, dim| HeadPart { rows: self.parts[at].whole(), offset, stride: PART_STRIDE, dim };
+        let rest = self.case.head_dim - first;
+        Some([part(0, 0, first), part(1, PART_OFFSET + PART_STRIDE - rest, rest)])
     }
 
     fn rope(&self) -> RopeCall<'_> {
@@ -144,6 +168,7 @@ impl Setting {
             query_heads: self.case.queries.map_or(0, |_| self.case.query_heads),
             kv_heads: self.case.kv_heads,
             head_dim: self.case.head_dim,
+            parts: self.parts(),
             q_norm: norm(0, 1e-5).filter(|_| self.case.queries.is_some()),
             k_norm: norm(1, 1e-6),
             table: &self.table,
@@ -156,7 +181,7 @@ impl Setting {
 
     fn store(&self) -> StoreKv<'_> {
         let rope = self.rope();
-        let k_offset = self.offset + rope.query_heads * rope.head_dim;
+        let k_offset = self.offset + rope.parts.map_or(rope.query_heads * rope.head_dim, |_| 0);
         let v_offset = k_offset + rope.kv_heads * rope.head_dim;
         let [k, v, k_scale, v_scale] = &self.caches;
         let mut store = StoreKv::from_rows(&self.rows, self.stride, k_offset, v_offset, k, v);
@@ -168,7 +193,8 @@ impl Setting {
         let rope = self.rope();
         let mut io = StoreRotated::new(self.store(), self.table.rotation(rope.pairing, rope.positions));
         io.k_norm = rope.k_norm.map(Into::into);
-        let queries = RotatedQueries { offset: rope.offset, norm: rope.q_norm.map(Into::into), out: rope.q_out };
+        let source = rope.parts.map_or(QuerySource::KeyRows(rope.offset), QuerySource::Parts);
+        let queries = RotatedQueries { source, norm: rope.q_norm.map(Into::into), out: rope.q_out };
         io.queries = self.case.queries.map(|_| queries);
         io
     }
@@ -198,25 +224,41 @@ fn cases() -> Vec<Case> {
         (9, 3, 72, 300, [72, 0]),
         (1, 1, 200, 4, [160, 40]),
     ];
+    let latent = [(16, 576, [64, 512]), (3, 40, [8, 32]), (5, 280, [24, 256]), (1, 84, [4, 80])];
+    // Every combination of the rest comes up, many with each format.
+    let case = |number: usize, query_heads, kv_heads, head_dim, rotated, dtype| {
+        let bit = |bit: usize| number >> bit & 1 == 1;
+        Case {
+            query_heads,
+            kv_heads,
+            head_dim,
+            value_dim: None,
+            rotated,
+            pairing: if bit(0) { RopePairing::Interleaved } else { RopePairing::HalfSplit },
+            norms: [bit(1), bit(2)],
+            normed: if bit(5) { head_dim / 2 + 1 } else { head_dim },
+            parts: bit(6).then_some(head_dim / 3),
+            queries: [Some(DType::F32), Some(DType::F16), Some(DType::BF16), None][number >> 3 & 3],
+            dtype,
+            layout: KvLayout::PageTokenLatent,
+        }
+    };
     for dtype in KvDType::ALL {
         for layout in [KvLayout::PageTokenHead, KvLayout::PageHeadToken] {
             for (query_heads, kv_heads, head_dim, value_dim, rotated) in dims {
-                // Every combination of the rest comes up, many with each format.
-                let number = cases.len() * 7 % 32;
-                let bit = |bit: usize| number >> bit & 1 == 1;
-                cases.push(Case {
-                    query_heads,
-                    kv_heads,
-                    head_dim,
-                    value_dim,
-                    rotated,
-                    pairing: if bit(0) { RopePairing::Interleaved } else { RopePairing::HalfSplit },
-                    norms: [bit(1), bit(2)],
-                    queries: [Some(DType::F32), Some(DType::F16), Some(DType::BF16), None][number >> 3],
-                    dtype,
-                    layout,
-                });
+                let number = cases.len() * 23 % 128;
+                let case = case(number, query_heads, kv_heads, head_dim, rotated, dtype);
+                cases.push(Case { value_dim: Some(value_dim), layout, ..case });
             }
+        }
+        for (query_heads, head_dim, rotated) in latent {
+            for pairing in [RopePairing::Interleaved, RopePairing::HalfSplit] {
+                // As a model has it: the latent part of a query apart from its rope part, a norm of the key's latent.
+                let case = case(cases.len() * 8, query_heads, 1, head_dim, rotated, dtype);
+                let (normed, parts) = (rotated[1], Some(rotated[1]));
+                cases.push(Case { pairing, norms: [false, true], normed, parts, ..case });
+            }
+            cases.push(case(cases.len() * 23 % 128, query_heads, 1, head_dim, rotated, dtype));
         }
     }
     cases
@@ -247,7 +289,9 @@ fn one_step_leaves_the_bits_of_two() {
             assert_eq!(differ, 0, "{name}: {differ} of {} bytes, {case:?}", found.len());
             let written = match *name {
                 "queries" => case.queries.is_some(),
-                "key scales" | "value scales" => case.dtype == KvDType::Q8,
+                "key scales" => case.dtype == KvDType::Q8,
+                "value scales" => case.dtype == KvDType::Q8 && case.value_dim.is_some(),
+                "values" => case.value_dim.is_some(),
                 _ => true,
             };
             assert_eq!(found != poisoned, written, "{name}, {case:?}");
@@ -261,9 +305,21 @@ fn one_step_leaves_the_bits_of_two() {
 fn a_layer_takes_two_steps_where_one_will_not_do() {
     let mut case = cases()[0];
     (case.dtype, case.layout, case.queries) = (KvDType::F16, KvLayout::PageTokenHead, Some(DType::F16));
-    let narrow = Case { head_dim: 6, value_dim: 6, rotated: [6, 0], dtype: KvDType::F8E4M3, ..case };
+    let narrow = Case { head_dim: 6, value_dim: Some(6), rotated: [6, 0], normed: 6, dtype: KvDType::F8E4M3, ..case };
+    let latent = Case {
+        kv_heads: 1,
+        head_dim: 40,
+        value_dim: None,
+        rotated: [8, 32],
+        norms: [false, true],
+        normed: 32,
+        parts: Some(32),
+        layout: KvLayout::PageTokenLatent,
+        ..case
+    };
     for device in gpu().into_iter().chain([Device::cpu()]) {
-        for (case, fused, expected) in [(case, true, 1), (case, false, 2), (narrow, true, 2)] {
+        let cases = [(case, true, 1), (case, false, 2), (narrow, true, 2), (latent, true, 1), (latent, false, 2)];
+        for (case, fused, expected) in cases {
             let (one, two) = (Setting::new(&device, case), Setting::new(&device, case));
             let kernel = one.kernel(fused);
             let plan = kernel.plan(&batch()).unwrap();
@@ -283,7 +339,7 @@ fn a_layer_takes_two_steps_where_one_will_not_do() {
 #[test]
 fn what_does_not_fit_is_refused() {
     let Some(device) = gpu() else { return };
-    let case = Case { dtype: KvDType::Q8, norms: [true; 2], queries: Some(DType::F16), ..cases()[0] };
+    let case = Case { dtype: KvDType::Q8, norms: [true; 2], queries: Some(DType::F16), parts: None, ..cases()[0] };
     let setting = Setting::new(&device, case);
     let kernel = setting.kernel(true);
     let plan = kernel.plan(&batch()).unwrap();
@@ -304,7 +360,10 @@ fn what_does_not_fit_is_refused() {
     refused(&|io| io.rotation.table_positions = 0);
     refused(&|io| io.rotation.table_positions = 501);
     refused(&|io| io.store.v_stride = 1 << 20);
-    refused(&|io| io.queries.as_mut().unwrap().offset = 1 << 20);
+    refused(&|io| io.queries.as_mut().unwrap().source = QuerySource::KeyRows(1 << 20));
+    refused(&|io| io.k_norm.as_mut().unwrap().dim = 0);
+    refused(&|io| io.k_norm.as_mut().unwrap().dim = 65);
+    refused(&|io| io.queries.as_mut().unwrap().norm.as_mut().unwrap().dim = 65);
     let mut io = setting.rotated();
     let mut commands = device.commands().unwrap();
     for field in 0..6 {
@@ -319,6 +378,20 @@ fn what_does_not_fit_is_refused() {
         }
         let answer = kernel.store_rotated(&mut commands, &plan, &short);
         assert!(matches!(answer, Err(BackendError::Io(_))), "{field}: {answer:?}");
+    }
+    let part = |rows, offset, stride, dim| HeadPart { rows, offset, stride, dim };
+    let rows = setting.parts[0].whole();
+    for [front, back] in [
+        [part(rows, 0, 64, 32), part(rows, 0, 64, 34)],
+        [part(rows, 0, 64, u32::MAX), part(rows, 0, 64, 65)],
+        [part(rows, 1 << 24, 64, 32), part(rows, 0, 64, 32)],
+        [part(rows, 0, 64, 32), part(rows, 0, 1 << 20, 32)],
+        [part(small, 0, 64, 32), part(rows, 0, 64, 32)],
+    ] {
+        let mut apart = io;
+        apart.queries.as_mut().unwrap().source = QuerySource::Parts([front, back]);
+        let answer = kernel.store_rotated(&mut commands, &plan, &apart);
+        assert!(matches!(answer, Err(BackendError::Io(_))), "{front:?} {back:?}: {answer:?}");
     }
     assert_eq!(commands.dispatches(), 0);
     // Without what is missing it goes.

@@ -299,6 +299,7 @@ impl DFlashDrafter {
                     query_heads: 0,
                     kv_heads: self.shape.kv_heads,
                     head_dim: self.shape.head_dim,
+                    parts: None,
                     q_norm: None,
                     k_norm: state.layer.key_norm(),
                     table: &self.rope,

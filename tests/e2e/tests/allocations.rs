@@ -6,17 +6,18 @@
 use allocation_counter::measure;
 use polyattn as _;
 use polyattn_api::{
-    AttentionIo, AttentionKind, AttentionProblem, BatchLayout, DType, Device, HeadNorm, Mask, Registry, RotatedQueries,
-    Rotation, StoreKv, StoreRotated, TreeMask, device::DeviceChoice,
+    AttentionIo, AttentionKind, AttentionProblem, BatchLayout, DType, Device, HeadNorm, HeadPart, Mask, QuerySource,
+    Registry, RotatedQueries, Rotation, StoreKv, StoreRotated, TreeMask, device::DeviceChoice,
 };
 
 const KIND: AttentionKind = AttentionKind::Gqa { query_heads: 4, kv_heads: 2, head_dim: 64, value_dim: 64 };
+const LATENT: AttentionKind = AttentionKind::Mla { query_heads: 4, latent_dim: 48, rope_dim: 16 };
 
 /// Layers recorded before one is measured: wgpu's lists then have room, but for the round in which one of them grows.
 const LAYERS: usize = 20;
 
 /// Backends that norm, rotate and store in one dispatch.
-const ROTATING: [&str; 2] = ["flash", "splitkv"];
+const ROTATING: [&str; 3] = ["flash", "splitkv", "mla"];
 
 /// Allocations of a plan, of a write as large, and of storing and attending in one more layer: the fewest of many
 /// rounds, since wgpu's lists grow now and then.
@@ -38,10 +39,17 @@ fn fewest(device: &Device, backend: &str, problem: &AttentionProblem, batch: &Ba
         interleaved: false,
         positions: positions.whole(),
     };
-    let norm = Some(HeadNorm { weight: weight.whole(), eps: 1e-6 });
+    let norm = Some(HeadNorm { weight: weight.whole(), dim: 64, eps: 1e-6 });
     let mut rotated = StoreRotated::new(store, rotation);
     rotated.k_norm = norm;
-    rotated.queries = Some(RotatedQueries { offset: 0, norm, out: q.whole() });
+    let part = |offset, dim| HeadPart { rows: new.whole(), offset, stride: 64, dim };
+    let source = match problem.kind {
+        AttentionKind::Mla { latent_dim, rope_dim, .. } => {
+            QuerySource::Parts([part(0, latent_dim), part(latent_dim, rope_dim)])
+        }
+        _ => QuerySource::KeyRows(0),
+    };
+    rotated.queries = Some(RotatedQueries { source, norm, out: q.whole() });
     let other = alloc(8192);
     let words = vec![0u32; 512];
 
@@ -94,11 +102,14 @@ fn a_warm_layer_allocates_nothing() {
     tree.tree = Some(TreeMask { words: 1, bits: (0..15).map(|row| (2 << (row % 5)) - 1).collect() });
     let problem = AttentionProblem::new(KIND, DType::F32);
     let masked = problem.clone().mask(Mask::Tree);
+    let latent = AttentionProblem::new(LATENT, DType::F32);
 
     let entries = Registry::global().unwrap().backends();
     let mut served = 0;
     for entry in entries.iter() {
-        for (problem, batch) in [(&problem, &decode), (&problem, &verify), (&masked, &tree)] {
+        for (problem, batch) in
+            [(&problem, &decode), (&problem, &verify), (&masked, &tree), (&latent, &decode), (&latent, &verify)]
+        {
             if !entry.declines(problem, device.facts()).is_empty() {
                 continue;
             }
@@ -108,7 +119,10 @@ fn a_warm_layer_allocates_nothing() {
             served += 1;
         }
     }
-    assert!(served >= 5, "flash serves all three, plain no tree; split-KV attention needs subgroups");
+    assert!(
+        served >= 7,
+        "flash serves GQA, plain that without trees, mla the rest; split-KV attention needs subgroups"
+    );
 
     // The counter counts.
     assert_eq!(measure(|| drop(std::hint::black_box(vec![1u8; 100]))).count_total, 1);

@@ -108,6 +108,7 @@ impl Gqa {
                 query_heads: self.query_heads,
                 kv_heads: self.kv_heads,
                 head_dim: self.head_dim,
+                parts: None,
                 q_norm: self.norm(self.query_norm.as_ref()),
                 k_norm: self.norm(self.key_norm.as_ref()),
                 table: rows.rope,

@@ -2,14 +2,14 @@
 //! of one latent with the head's matrices, so that the key's matrix can be applied to the query instead, and the
 //! value's to the attention's output. The cache holds the latent and one rotated key for all heads.
 
-use polyattn_api::{AttentionIo, StoreKv};
+use polyattn_api::{AttentionIo, HeadPart};
 use polyattn_device::{Buffer, Commands, Device};
 
 use super::{LayerAttention, LayerLoader, LayerScratch, Rows};
 use crate::{
     NnError,
     load::{DecoderConfig, LatentConfig, LayerWeight as W, RopePairing},
-    ops::{self, CopyCall, HeadsCall, LinearCall, Matrix, Norm, RopeCall, Vector},
+    ops::{self, HeadsCall, LinearCall, Matrix, Norm, RopeCall, Vector},
 };
 
 /// The weights of latent attention and the norm before it.
@@ -39,7 +39,7 @@ pub(super) struct LatentScratch {
     query_latent: Option<Buffer>,
     /// Queries before they meet the key's projection, `[rows, heads, nope + rope]`.
     heads: Buffer,
-    /// Queries behind it, `[rows, heads, latent + rope]`.
+    /// Their first part behind it, `[rows, heads, latent]`.
     absorbed: Buffer,
     /// Values, `[rows, heads, value]`.
     values: Buffer,
@@ -60,7 +60,7 @@ impl LatentScratch {
                 None => None,
             },
             heads: device.alloc(bytes(heads * config.head_dim), "queries of heads")?,
-            absorbed: device.alloc(bytes(heads * latent.cache_dim()), "absorbed queries")?,
+            absorbed: device.alloc(bytes(heads * latent.latent_dim), "absorbed queries")?,
             values: device.alloc(bytes(heads * latent.value_dim), "values of heads")?,
         })
     }
@@ -140,8 +140,6 @@ impl Mla {
             _ => linear(x, &self.query, norm(&self.norm), &memory.heads, false)?,
         }
         linear(x, &self.latent_down, norm(&self.norm), &scratch.rows, false)?;
-        let latent_norm = Norm { weight: &self.latent_norm, eps: self.eps };
-        ops::norm_columns(commands, scratch.rows.whole(), cache_dim, latent_norm, rows.count)?;
 
         let by_head = HeadsCall {
             x: memory.heads.whole(),
@@ -153,45 +151,31 @@ impl Mla {
             x_stride: head_dim,
             gated: false,
             out: memory.absorbed.whole(),
-            out_stride: cache_dim,
+            out_stride: latent.latent_dim,
         };
         ops::linear_by_head(commands, &by_head)?;
-        ops::copy_between(
-            commands,
-            &CopyCall {
-                x: memory.heads.whole(),
-                x_stride: head_dim,
-                x_offset: latent.nope_dim,
-                cols: latent.rope_dim,
-                rows: rows.count * heads,
-                out: memory.absorbed.whole(),
-                out_stride: cache_dim,
-                out_offset: latent.latent_dim,
-            },
-        )?;
-        let table = rows.rope.from_element(latent.latent_dim);
+        // A query is what became of its first elements, then its rope part.
+        let (front, back) = (latent.latent_dim, latent.rope_dim);
+        let absorbed = HeadPart { rows: memory.absorbed.whole(), offset: 0, stride: front, dim: front };
+        let rope = HeadPart { rows: memory.heads.whole(), offset: latent.nope_dim, stride: head_dim, dim: back };
         let rotate = RopeCall {
-            qkv: memory.absorbed.whole(),
+            qkv: scratch.rows.whole(),
             offset: 0,
-            stride: heads * cache_dim,
+            stride: cache_dim,
             rows: rows.count,
             query_heads: heads,
-            kv_heads: 0,
+            kv_heads: 1,
             head_dim: cache_dim,
+            parts: Some([absorbed, rope]),
             q_norm: None,
-            k_norm: None,
-            table: &table,
+            k_norm: norm(&self.latent_norm),
+            table: &rows.rope.from_element(latent.latent_dim),
             pairing: self.pairing,
             positions: rows.positions,
             q_out: scratch.q.whole(),
             q_dtype: scratch.q_dtype,
         };
-        ops::rope(commands, &rotate)?;
-        let key = RopeCall { qkv: scratch.rows.whole(), stride: cache_dim, query_heads: 0, kv_heads: 1, ..rotate };
-        ops::rope(commands, &key)?;
-
-        let store = StoreKv::from_rows(&scratch.rows, cache_dim, 0, 0, attention.k_cache, attention.v_cache);
-        attention.kernel.store_kv(commands, attention.plan, &store)?;
+        attention.rotate_and_store(commands, &rotate)?;
         let io = AttentionIo::new(&scratch.q, attention.k_cache, attention.v_cache, &scratch.attention);
         attention.kernel.encode(commands, attention.plan, &io)?;
         let values = HeadsCall {

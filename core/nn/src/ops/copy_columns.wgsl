@@ -1,6 +1,6 @@
-// Columns of rows into columns of other rows.
+// Rows into columns of wider rows.
 
-struct Params { rows: u32, cols: u32, x_stride: u32, x_offset: u32, stride: u32, offset: u32 }
+struct Params { rows: u32, cols: u32, stride: u32, offset: u32 }
 var<immediate> p: Params;
 
 @group(0) @binding(0) var<storage, read> x: array<f32>;
@@ -15,7 +15,6 @@ fn main(
     let i = (workgroup.x + workgroup.y * workgroups.x) * 128u + local;
     let row = i / p.cols;
     if (row < p.rows) {
-        let col = i % p.cols;
-        y[row * p.stride + p.offset + col] = x[row * p.x_stride + p.x_offset + col];
+        y[row * p.stride + p.offset + i % p.cols] = x[i];
     }
 }

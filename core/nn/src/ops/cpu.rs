@@ -8,7 +8,7 @@ use polyattn_device::{BufferSlice, DType, DeviceError};
 use rayon::prelude::*;
 
 use super::{
-    CombineCall, CopyCall, ExpertRows, ExpertsCall, HeadsCall, LinearCall, Matrix, Norm, OpError, RopeCall, RouteCall,
+    CombineCall, ExpertRows, ExpertsCall, HeadsCall, LinearCall, Matrix, Norm, OpError, RopeCall, RouteCall,
     SwigluCall,
     dot::{self, Columns, Weights},
 };
@@ -115,17 +115,6 @@ pub(super) fn rms_norm(x: BufferSlice<'_>, norm: Norm<'_>, rows: u32, out: Buffe
     read!(weight, f32, norm.weight.buffer.whole(), norm.weight.len as usize);
     write!(out, f32, out, count);
     norm_rows(x, weight, norm.eps, out);
-    Ok(())
-}
-
-pub(super) fn norm_columns(x: BufferSlice<'_>, stride: u32, norm: Norm<'_>, rows: u32) -> Result<(), OpError> {
-    let (rows, stride, cols) = (rows as usize, stride as usize, norm.weight.len as usize);
-    read!(weight, f32, norm.weight.buffer.whole(), cols);
-    write!(x, f32, x, (rows - 1) * stride + cols);
-    for row in x.chunks_mut(stride) {
-        let scale = scale(&row[..cols], norm.eps);
-        row.iter_mut().zip(weight).for_each(|(x, weight)| *x = *x * scale * weight);
-    }
     Ok(())
 }
 
@@ -281,17 +270,26 @@ pub(super) fn rope(call: &RopeCall<'_>) -> Result<(), OpError> {
 fn rope_to<T: Narrow>(call: &RopeCall<'_>) -> Result<(), OpError> {
     let dim = call.head_dim as usize;
     let (rows, stride) = (call.rows as usize, call.stride as usize);
-    let (q_width, k_width) = (call.query_heads as usize * dim, call.kv_heads as usize * dim);
+    let heads = call.query_heads as usize;
+    let (q_width, k_width) = (heads * dim, call.kv_heads as usize * dim);
     let start = call.offset as usize;
+    // Keys lie behind the queries, unless these lie elsewhere.
+    let keys = start + if call.parts.is_some() { 0 } else { q_width };
     read!(positions, u32, call.positions, rows);
     let table = call.table.buffer.read::<f32>()?;
     let q_weight = call.q_norm.map(|norm| norm.weight.buffer.read::<f32>()).transpose()?;
     let k_weight = call.k_norm.map(|norm| norm.weight.buffer.read::<f32>()).transpose()?;
-    let [q_eps, k_eps] = [call.q_norm, call.k_norm].map(|norm| norm.map_or(0.0, |norm| norm.eps));
+    let (q_norm, k_norm) = (call.q_norm.zip(q_weight.as_deref()), call.k_norm.zip(k_weight.as_deref()));
+    let part = |at: usize| {
+        let part = call.parts.filter(|_| heads > 0).map(|parts| parts[at]);
+        part.map(|part| part.rows.buffer().read::<f32>().map(|values| (part, values))).transpose()
+    };
+    let (front, back) = (part(0)?, part(1)?);
 
-    let turn = |head: &mut [f32], weight: Option<&[f32]>, eps: f32, position: u32| {
-        if let Some(weight) = weight {
-            let scale = scale(head, eps);
+    let turn = |head: &mut [f32], norm: Option<(Norm<'_>, &[f32])>, position: u32| {
+        if let Some((norm, weight)) = norm {
+            let weight = &weight[..norm.weight.len as usize];
+            let scale = scale(&head[..weight.len()], norm.eps);
             head.iter_mut().zip(weight).for_each(|(value, weight)| *value = *value * scale * weight);
         }
         let (pairs, first) = (call.table.dim as usize / 2, call.table.first as usize);
@@ -306,43 +304,51 @@ fn rope_to<T: Narrow>(call: &RopeCall<'_>) -> Result<(), OpError> {
             head[b] = right * angle[0] + left * angle[1];
         }
     };
-    let one = |row: &mut [f32], mut queries: Option<&mut [T]>, position: u32| {
-        let mut head = [0.0; 256];
-        let mut long = Vec::new();
-        let head: &mut [f32] = match head.get_mut(..dim) {
-            Some(head) => head,
-            None => {
-                long.resize(dim, 0.0);
-                &mut long
-            }
-        };
-        if let Some(queries) = &mut queries {
-            for (query, out) in row[start..start + q_width].chunks_exact(dim).zip(queries.chunks_exact_mut(dim)) {
-                head.copy_from_slice(query);
-                turn(head, q_weight.as_deref(), q_eps, position);
+    write!(qkv, f32, call.qkv, (rows - 1) * stride + keys + k_width);
+    if q_width > 0 {
+        let one = |row: usize, out: &mut [T]| {
+            let mut head = [0.0; 256];
+            let mut long = Vec::new();
+            let head: &mut [f32] = match head.get_mut(..dim) {
+                Some(head) => head,
+                None => {
+                    long.resize(dim, 0.0);
+                    &mut long
+                }
+            };
+            for (place, out) in out.chunks_exact_mut(dim).enumerate() {
+                match (&front, &back) {
+                    (Some(front), Some(back)) => {
+                        let (first, rest) = head.split_at_mut(front.0.dim as usize);
+                        for ((part, values), to) in [(front, first), (back, rest)] {
+                            let at = part.offset as usize + (row * heads + place) * part.stride as usize;
+                            to.copy_from_slice(&values[range::<f32>(part.rows, at + to.len())][at..]);
+                        }
+                    }
+                    _ => head.copy_from_slice(&qkv[row * stride + start + place * dim..][..dim]),
+                }
+                turn(head, q_norm, positions[row]);
                 out.iter_mut().zip(&*head).for_each(|(out, value)| *out = T::narrow(*value));
             }
+        };
+        write!(queries, T, call.q_out, rows * q_width);
+        if rows * q_width < SERIAL {
+            queries.chunks_exact_mut(q_width).enumerate().for_each(|(row, out)| one(row, out));
+        } else {
+            queries.par_chunks_exact_mut(q_width).enumerate().for_each(|(row, out)| one(row, out));
         }
-        for key in row[start + q_width..start + q_width + k_width].chunks_exact_mut(dim) {
-            turn(key, k_weight.as_deref(), k_eps, position);
-        }
-    };
-
-    write!(qkv, f32, call.qkv, (rows - 1) * stride + start + q_width + k_width);
-    if q_width == 0 {
-        qkv.chunks_mut(stride).zip(positions).for_each(|(row, position)| one(row, None, *position));
-        return Ok(());
     }
-    write!(queries, T, call.q_out, rows * q_width);
-    if rows * (q_width + k_width) < SERIAL {
-        for ((row, queries), position) in qkv.chunks_mut(stride).zip(queries.chunks_exact_mut(q_width)).zip(positions) {
-            one(row, Some(queries), *position);
+    if k_width > 0 {
+        let one = |(row, position): (&mut [f32], &u32)| {
+            for key in row[keys..keys + k_width].chunks_exact_mut(dim) {
+                turn(key, k_norm, *position);
+            }
+        };
+        if rows * k_width < SERIAL {
+            qkv.chunks_mut(stride).zip(positions).for_each(one);
+        } else {
+            qkv.par_chunks_mut(stride).zip(positions).for_each(one);
         }
-    } else {
-        qkv.par_chunks_mut(stride)
-            .zip(queries.par_chunks_exact_mut(q_width))
-            .zip(positions)
-            .for_each(|((row, queries), position)| one(row, Some(queries), *position));
     }
     Ok(())
 }
@@ -473,14 +479,19 @@ pub(super) fn add_silu(
     Ok(())
 }
 
-pub(super) fn copy_between(call: &CopyCall<'_>) -> Result<(), OpError> {
-    let (rows, cols) = (call.rows as usize, call.cols as usize);
-    let (x_stride, x_offset) = (call.x_stride as usize, call.x_offset as usize);
-    let (stride, offset) = (call.out_stride as usize, call.out_offset as usize);
-    read!(x, f32, call.x, (rows - 1) * x_stride + x_offset + cols);
-    write!(out, f32, call.out, (rows - 1) * stride + offset + cols);
-    for (out, x) in out.chunks_mut(stride).zip(x.chunks(x_stride)) {
-        out[offset..offset + cols].copy_from_slice(&x[x_offset..x_offset + cols]);
+pub(super) fn copy_columns(
+    x: BufferSlice<'_>,
+    cols: u32,
+    rows: u32,
+    out: BufferSlice<'_>,
+    stride: u32,
+    offset: u32,
+) -> Result<(), OpError> {
+    let (rows, cols, stride, offset) = (rows as usize, cols as usize, stride as usize, offset as usize);
+    read!(x, f32, x, rows * cols);
+    write!(out, f32, out, (rows - 1) * stride + offset + cols);
+    for (out, x) in out.chunks_mut(stride).zip(x.chunks_exact(cols)) {
+        out[offset..offset + cols].copy_from_slice(x);
     }
     Ok(())
 }

@@ -5,8 +5,8 @@ use std::ops::Range;
 use polyattn_device::{BufferSlice, Commands, DType, Device, DeviceError, Pipeline, PipelineSpec};
 
 use super::{
-    CombineCall, CopyCall, ExpertRows, ExpertsCall, HeadsCall, INVARIANT_ROWS, LinearCall, Matrix, Norm, OpError,
-    RopeCall, RouteCall, SwigluCall, Vector,
+    CombineCall, ExpertRows, ExpertsCall, HeadsCall, INVARIANT_ROWS, LinearCall, Matrix, Norm, OpError, RopeCall,
+    RouteCall, SwigluCall, Vector,
     shader::{self, Few, Product, Rope, Source, Stack},
 };
 use crate::load::{ExpertChoice, RopePairing};
@@ -123,24 +123,11 @@ pub(super) fn rms_norm(
     rows: u32,
     out: BufferSlice<'_>,
 ) -> Result<(), OpError> {
-    let pipeline = pipeline(commands, "rms norm", 0, || shader::rms_norm(false))?;
-    let params = [rows, norm.weight.len, norm.weight.len, norm.eps.to_bits()];
+    let pipeline = pipeline(commands, "rms norm", 0, shader::rms_norm)?;
+    let params = [rows, norm.weight.len, norm.eps.to_bits()];
     let workgroups = spread(commands, rows.into())?;
     let slices = [x, norm.weight.buffer.whole(), out];
     Ok(commands.dispatch(&pipeline, &slices, bytemuck::bytes_of(&params), workgroups)?)
-}
-
-pub(super) fn norm_columns(
-    commands: &mut Commands,
-    x: BufferSlice<'_>,
-    stride: u32,
-    norm: Norm<'_>,
-    rows: u32,
-) -> Result<(), OpError> {
-    let pipeline = pipeline(commands, "norm of columns", 0, || shader::rms_norm(true))?;
-    let params = [rows, norm.weight.len, stride, norm.eps.to_bits()];
-    let workgroups = spread(commands, rows.into())?;
-    Ok(commands.dispatch(&pipeline, &[x, norm.weight.buffer.whole()], bytemuck::bytes_of(&params), workgroups)?)
 }
 
 pub(super) fn linear(commands: &mut Commands, call: &LinearCall<'_>) -> Result<(), OpError> {
@@ -409,10 +396,12 @@ pub(super) fn combine(commands: &mut Commands, call: &CombineCall<'_>) -> Result
 
 pub(super) fn rope(commands: &mut Commands, call: &RopeCall<'_>) -> Result<(), OpError> {
     let q_norm = call.q_norm.filter(|_| call.query_heads > 0);
+    let parts = call.parts.filter(|_| call.query_heads > 0);
     let rope = Rope {
         head_dim: call.head_dim,
         interleaved: call.pairing == RopePairing::Interleaved,
         queries: (call.query_heads > 0).then_some(call.q_dtype),
+        parts: parts.is_some(),
         q_norm: q_norm.is_some(),
         k_norm: call.k_norm.is_some(),
     };
@@ -431,11 +420,15 @@ pub(super) fn rope(commands: &mut Commands, call: &RopeCall<'_>) -> Result<(), O
     let flags = u64::from(rope.interleaved)
         | u64::from(rope.q_norm) << 1
         | u64::from(rope.k_norm) << 2
-        | rope.queries.map_or(0, |dtype| dtype_code(dtype) + 1) << 3;
+        | rope.queries.map_or(0, |dtype| dtype_code(dtype) + 1) << 3
+        | u64::from(rope.parts) << 5;
     let variant = u64::from(call.head_dim) << 8 | flags;
     let pipeline = pipeline(commands, "rope", variant, || shader::rope(&rope))?;
     let heads = call.query_heads + call.kv_heads;
     let eps = |norm: Option<Norm<'_>>| norm.map_or(0.0, |norm| norm.eps).to_bits();
+    let normed = |norm: Option<Norm<'_>>| norm.map_or(0, |norm| norm.weight.len);
+    let part = |at: usize| parts.map_or([0; 3], |parts| [parts[at].offset, parts[at].stride, parts[at].dim]);
+    let ([front_offset, front_stride, front_dim], [back_offset, back_stride, back_dim]) = (part(0), part(1));
     let params = [
         call.rows,
         call.stride,
@@ -445,14 +438,25 @@ pub(super) fn rope(commands: &mut Commands, call: &RopeCall<'_>) -> Result<(), O
         call.table.positions,
         call.table.dim,
         call.table.first,
+        normed(q_norm),
+        normed(call.k_norm),
         eps(q_norm),
         eps(call.k_norm),
+        front_offset,
+        front_stride,
+        front_dim,
+        back_offset,
+        back_stride,
+        back_dim,
     ];
     let workgroups = spread(commands, u64::from(call.rows) * u64::from(heads))?;
-    let mut slices = [call.qkv, call.table.buffer.whole(), call.positions, call.q_out, call.q_out, call.q_out];
+    let mut slices = [call.qkv; 8];
+    slices[1..4].copy_from_slice(&[call.table.buffer.whole(), call.positions, call.q_out]);
     let mut used = 3 + usize::from(call.query_heads > 0);
-    for norm in q_norm.into_iter().chain(call.k_norm) {
-        slices[used] = norm.weight.buffer.whole();
+    let parts = parts.into_iter().flatten().map(|part| part.rows);
+    let norms = q_norm.into_iter().chain(call.k_norm).map(|norm| norm.weight.buffer.whole());
+    for slice in parts.chain(norms) {
+        slices[used] = slice;
         used += 1;
     }
     Ok(commands.dispatch(&pipeline, &slices[..used], bytemuck::bytes_of(&params), workgroups)?)
@@ -535,10 +539,18 @@ pub(super) fn add_silu(
     Ok(commands.dispatch(&pipeline, &[x, gate, out], bytemuck::bytes_of(&count), workgroups)?)
 }
 
-pub(super) fn copy_between(commands: &mut Commands, call: &CopyCall<'_>) -> Result<(), OpError> {
+pub(super) fn copy_columns(
+    commands: &mut Commands,
+    x: BufferSlice<'_>,
+    cols: u32,
+    rows: u32,
+    out: BufferSlice<'_>,
+    stride: u32,
+    offset: u32,
+) -> Result<(), OpError> {
     let pipeline = pipeline(commands, "copy columns", 0, shader::copy_columns)?;
-    let count = u64::from(call.rows) * u64::from(call.cols);
+    let count = u64::from(rows) * u64::from(cols);
     let workgroups = spread(commands, count.div_ceil(shader::COPIED.into()))?;
-    let params = [call.rows, call.cols, call.x_stride, call.x_offset, call.out_stride, call.out_offset];
-    Ok(commands.dispatch(&pipeline, &[call.x, call.out], bytemuck::bytes_of(&params), workgroups)?)
+    let params = [rows, cols, stride, offset];
+    Ok(commands.dispatch(&pipeline, &[x, out], bytemuck::bytes_of(&params), workgroups)?)
 }

@@ -19,7 +19,7 @@ mod gpu;
 mod shader;
 mod stacked;
 
-use polyattn_api::{HeadNorm, Rotation};
+use polyattn_api::{HeadNorm, HeadPart, Rotation};
 use polyattn_device::{Buffer, BufferSlice, Commands, DType, Device, DeviceError};
 
 use crate::load::RopePairing;
@@ -75,7 +75,7 @@ pub struct Norm<'a> {
 
 impl<'a> From<Norm<'a>> for HeadNorm<'a> {
     fn from(norm: Norm<'a>) -> Self {
-        Self { weight: norm.weight.buffer.whole(), eps: norm.eps }
+        Self { weight: norm.weight.buffer.whole(), dim: norm.weight.len, eps: norm.eps }
     }
 }
 
@@ -192,7 +192,8 @@ impl RopeTable {
 /// Arguments of [`rope`].
 #[derive(Clone, Copy, Debug)]
 pub struct RopeCall<'a> {
-    /// f32 rows of `stride` elements; from `offset` on, a row holds its query heads, then its key heads.
+    /// f32 rows of `stride` elements; from `offset` on, a row holds its query heads, unless `parts` says where they
+    /// are, then its key heads.
     pub qkv: BufferSlice<'a>,
     /// Elements of a row before its first head.
     pub offset: u32,
@@ -206,11 +207,14 @@ pub struct RopeCall<'a> {
     pub kv_heads: u32,
     /// Elements of a head, an even number.
     pub head_dim: u32,
-    /// A norm of each query head; `head_dim` elements.
+    /// The first elements of each query head and the rest of them, `head_dim` together, where query heads do not lie in
+    /// `qkv`, nor in its buffer.
+    pub parts: Option<[HeadPart<'a>; 2]>,
+    /// A norm of each query head, of as many first elements as it has weights; those behind them stay.
     pub q_norm: Option<Norm<'a>>,
-    /// A norm of each key head; `head_dim` elements.
+    /// A norm of each key head, likewise.
     pub k_norm: Option<Norm<'a>>,
-    /// The rotations; elements that it does not rotate are only normed.
+    /// The rotations, after the norm.
     pub table: &'a RopeTable,
     /// Which two elements are rotated together.
     pub pairing: RopePairing,
@@ -274,34 +278,6 @@ pub fn rms_norm(
     }
 }
 
-/// Norms the first columns of each row in place: `x[r, ..n] = norm(x[r, ..n])` with `n = norm.weight.len`, in f32 rows of
-/// `stride` elements. Other columns stay as they are.
-///
-/// # Errors
-/// Columns beyond the stride, a buffer too small for these sizes; the device.
-pub fn norm_columns(
-    commands: &mut Commands,
-    x: BufferSlice<'_>,
-    stride: u32,
-    norm: Norm<'_>,
-    rows: u32,
-) -> Result<(), OpError> {
-    let cols = norm.weight.len;
-    check_norm("norm", norm, cols)?;
-    if cols == 0 || cols > stride {
-        return Err(OpError::Shape(format!("a norm of {cols} columns in rows of {stride}")));
-    }
-    if rows == 0 {
-        return Ok(());
-    }
-    check_slice("columns to norm", x, elements("columns to norm", rows, stride)? - u64::from(stride - cols), 4)?;
-    if commands.device().is_cpu() {
-        cpu::norm_columns(x, stride, norm, rows)
-    } else {
-        gpu::norm_columns(commands, x, stride, norm, rows)
-    }
-}
-
 /// A matrix product with what often surrounds it:
 /// `out[r, o] = (accumulate ? out[r, o] : 0) + bias[o] + Σ_i norm(x)[r, i] · weight[o, i]`.
 ///
@@ -352,7 +328,8 @@ pub fn swiglu(commands: &mut Commands, call: &SwigluCall<'_>) -> Result<(), OpEr
 /// `qkv`. Nothing else of `qkv` changes.
 ///
 /// # Errors
-/// An odd head size, a table wider than a head, heads beyond the stride, buffers too small; the device.
+/// An odd head size, a table or a norm wider than a head, parts of another size, heads beyond the stride, buffers too
+/// small; the device.
 pub fn rope(commands: &mut Commands, call: &RopeCall<'_>) -> Result<(), OpError> {
     check_rope(call)?;
     if call.rows == 0 || call.query_heads + call.kv_heads == 0 {
@@ -372,7 +349,9 @@ pub(crate) fn check_rope(call: &RopeCall<'_>) -> Result<(), OpError> {
         return shape(format!("a RoPE table of {dim} elements from {first} on for heads of {}", call.head_dim));
     }
     let heads = u64::from(call.query_heads) + u64::from(call.kv_heads);
-    let end = u64::from(call.offset) + heads * u64::from(call.head_dim);
+    let parts = call.parts.filter(|_| call.query_heads > 0);
+    let inside = if parts.is_some() { call.kv_heads.into() } else { heads };
+    let end = u64::from(call.offset) + inside * u64::from(call.head_dim);
     if end > u64::from(call.stride) {
         return shape(format!("heads end at element {end} of rows of {}", call.stride));
     }
@@ -383,17 +362,30 @@ pub(crate) fn check_rope(call: &RopeCall<'_>) -> Result<(), OpError> {
     let length = elements("rows to rotate", call.rows, call.stride)? - u64::from(call.stride) + end;
     check_slice("rows to rotate", call.qkv, length, 4)?;
     check_slice("positions", call.positions, u64::from(call.rows), 4)?;
+    let norm = |what: &str, norm: Option<Norm<'_>>| match norm {
+        Some(Norm { weight, .. }) if weight.len == 0 || weight.len > call.head_dim => {
+            shape(format!("{what} has {} elements, for heads of {}", weight.len, call.head_dim))
+        }
+        Some(Norm { weight, .. }) => check_slice(what, weight.buffer.whole(), weight.len.into(), 4),
+        None => Ok(()),
+    };
     if call.query_heads > 0 {
-        let length = u64::from(call.rows) * u64::from(call.query_heads) * u64::from(call.head_dim);
+        // Below 2³².
+        let queries = elements("query heads", call.rows, call.query_heads)? as u32;
+        let length = elements("rotated queries", queries, call.head_dim)?;
         check_slice("rotated queries", call.q_out, length, call.q_dtype.bytes())?;
-        if let Some(norm) = call.q_norm {
-            check_norm("query norm", norm, call.head_dim)?;
+        norm("query norm", call.q_norm)?;
+        if let Some([front, back]) = parts {
+            if front.dim.checked_add(back.dim) != Some(call.head_dim) {
+                return shape(format!("parts of {} and {} for heads of {}", front.dim, back.dim, call.head_dim));
+            }
+            for HeadPart { rows, offset, stride, dim } in [front, back] {
+                let before = elements("parts of queries", queries, stride)? - u64::from(stride);
+                check_slice("parts of queries", rows, before + u64::from(offset) + u64::from(dim), 4)?;
+            }
         }
     }
-    if let Some(norm) = call.k_norm {
-        check_norm("key norm", norm, call.head_dim)?;
-    }
-    Ok(())
+    norm("key norm", call.k_norm)
 }
 
 /// The place of each row's largest element, for the rows of a range: `ids[r]`, u32, of f32 `logits` `[_, cols]` for r
@@ -580,53 +572,21 @@ pub fn copy_columns(
     out_stride: u32,
     out_offset: u32,
 ) -> Result<(), OpError> {
-    copy_between(commands, &CopyCall { x, x_stride: cols, x_offset: 0, cols, rows, out, out_stride, out_offset })
-}
-
-/// Arguments of [`copy_between`].
-#[derive(Clone, Copy, Debug)]
-pub struct CopyCall<'a> {
-    /// f32 rows of `x_stride` elements.
-    pub x: BufferSlice<'a>,
-    /// Elements from one row to the next.
-    pub x_stride: u32,
-    /// The first column that is copied.
-    pub x_offset: u32,
-    /// Columns to copy.
-    pub cols: u32,
-    /// Rows.
-    pub rows: u32,
-    /// f32 rows of `out_stride` elements.
-    pub out: BufferSlice<'a>,
-    /// Elements from one row to the next.
-    pub out_stride: u32,
-    /// The column that the first goes to.
-    pub out_offset: u32,
-}
-
-/// Copies columns: `out[r, out_offset + c] = x[r, x_offset + c]`. Other columns stay as they are.
-///
-/// # Errors
-/// Columns beyond a stride, buffers too small for these sizes; the device.
-pub fn copy_between(commands: &mut Commands, call: &CopyCall<'_>) -> Result<(), OpError> {
-    let CopyCall { cols, rows, .. } = *call;
-    for (stride, offset) in [(call.x_stride, call.x_offset), (call.out_stride, call.out_offset)] {
-        let end = u64::from(offset) + u64::from(cols);
-        if end > u64::from(stride) {
-            return Err(OpError::Shape(format!("columns end at {end} in rows of {stride}")));
-        }
+    let end = u64::from(out_offset) + u64::from(cols);
+    if end > u64::from(out_stride) {
+        return Err(OpError::Shape(format!("columns end at {end} in rows of {out_stride}")));
     }
     if rows == 0 || cols == 0 {
         return Ok(());
     }
-    for (what, slice, stride, offset) in [
-        ("columns to copy", call.x, call.x_stride, call.x_offset),
-        ("copied columns", call.out, call.out_stride, call.out_offset),
-    ] {
-        let length = elements(what, rows, stride)? - u64::from(stride) + u64::from(offset) + u64::from(cols);
-        check_slice(what, slice, length, 4)?;
+    check_slice("columns to copy", x, elements("columns to copy", rows, cols)?, 4)?;
+    let length = elements("copied columns", rows, out_stride)? - u64::from(out_stride) + end;
+    check_slice("copied columns", out, length, 4)?;
+    if commands.device().is_cpu() {
+        cpu::copy_columns(x, cols, rows, out, out_stride, out_offset)
+    } else {
+        gpu::copy_columns(commands, x, cols, rows, out, out_stride, out_offset)
     }
-    if commands.device().is_cpu() { cpu::copy_between(call) } else { gpu::copy_between(commands, call) }
 }
 
 /// `rows · cols`, which kernels count in 32 bits.

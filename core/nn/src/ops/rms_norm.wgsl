@@ -1,17 +1,11 @@
-// One row by workgroup; the first columns of a row, IN_PLACE, or all of it into another buffer.
+// One row by workgroup.
 
-struct Params { rows: u32, cols: u32, stride: u32, eps: f32 }
+struct Params { rows: u32, cols: u32, eps: f32 }
 var<immediate> p: Params;
 
-//if IN_PLACE
-@group(0) @binding(0) var<storage, read_write> x: array<f32>;
-@group(0) @binding(1) var<storage, read> norm: array<f32>;
-//end
-//if !IN_PLACE
 @group(0) @binding(0) var<storage, read> x: array<f32>;
 @group(0) @binding(1) var<storage, read> norm: array<f32>;
 @group(0) @binding(2) var<storage, read_write> y: array<f32>;
-//end
 
 var<workgroup> squares: array<f32, 256>;
 
@@ -25,7 +19,7 @@ fn main(
     if (row >= p.rows) {
         return;
     }
-    let base = row * p.stride;
+    let base = row * p.cols;
     var square = 0.0;
     for (var i = local; i < p.cols; i += 256u) {
         square = fma(x[base + i], x[base + i], square);
@@ -40,11 +34,6 @@ fn main(
     }
     let scale = inverseSqrt(squares[0] / f32(p.cols) + p.eps);
     for (var i = local; i < p.cols; i += 256u) {
-//if IN_PLACE
-        x[base + i] = x[base + i] * scale * norm[i];
-//end
-//if !IN_PLACE
         y[base + i] = x[base + i] * scale * norm[i];
-//end
     }
 }

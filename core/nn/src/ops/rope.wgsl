@@ -10,8 +10,17 @@ struct Params {
     // Elements that are rotated, and the first of them.
     dim: u32,
     first: u32,
+    // Elements of a head that are normed.
+    q_normed: u32,
+    k_normed: u32,
     q_eps: f32,
     k_eps: f32,
+    front_offset: u32,
+    front_stride: u32,
+    front_dim: u32,
+    back_offset: u32,
+    back_stride: u32,
+    back_dim: u32,
 }
 var<immediate> p: Params;
 
@@ -26,8 +35,12 @@ var<immediate> p: Params;
 @group(0) @binding(3) var<storage, read_write> q_out: array<u32>;
 //end
 //end
+//if PARTS
+@group(0) @binding(4) var<storage, read> q_front: array<f32>;
+@group(0) @binding(5) var<storage, read> q_back: array<f32>;
+//end
 //if Q_NORM
-@group(0) @binding(4) var<storage, read> q_norm: array<f32>;
+@group(0) @binding($Q_NORM_AT) var<storage, read> q_norm: array<f32>;
 //end
 //if K_NORM
 @group(0) @binding($K_NORM_AT) var<storage, read> k_norm: array<f32>;
@@ -46,14 +59,31 @@ fn main(
         return;
     }
     let query = place < p.query_heads;
+//if PARTS
+    let base = row * p.stride + p.offset + (place - p.query_heads) * HEAD_DIM;
+//end
+//if !PARTS
     let base = row * p.stride + p.offset + place * HEAD_DIM;
+//end
     var square = 0.0;
     for (var i = local; i < HEAD_DIM; i += 64u) {
+//if PARTS
+        var v: f32;
+        if (query) {
+            v = of_parts(row * p.query_heads + place, i);
+        } else {
+            v = qkv[base + i];
+        }
+//end
+//if !PARTS
         let v = qkv[base + i];
+//end
         head[i] = v;
-        square = fma(v, v, square);
+        if (i < normed_dim(query)) {
+            square = fma(v, v, square);
+        }
     }
-    let scale = head_scale(local, square, select(p.k_eps, p.q_eps, query));
+    let scale = head_scale(local, query, square, select(p.k_eps, p.q_eps, query));
     turn_head(local, row, query, scale);
     workgroupBarrier();
     for (var pair = local; pair < HEAD_DIM / 2u; pair += 64u) {

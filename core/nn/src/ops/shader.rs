@@ -6,7 +6,7 @@
 
 use std::fmt::Write;
 
-use polyattn_api::rotary_wgsl;
+use polyattn_api::{HEAD_PARTS_WGSL, rotary_wgsl};
 use polyattn_device::{
     Access::{self, Read, ReadWrite},
     DType, wgsl,
@@ -82,6 +82,8 @@ pub(super) struct Rope {
     pub(super) interleaved: bool,
     /// Format of the queries, if there are any.
     pub(super) queries: Option<DType>,
+    /// Whether these lie in two parts.
+    pub(super) parts: bool,
     pub(super) q_norm: bool,
     pub(super) k_norm: bool,
 }
@@ -248,11 +250,9 @@ pub(super) fn embed(dtype: DType) -> Source {
 }
 
 /// The norm kernel.
-pub(super) fn rms_norm(in_place: bool) -> Source {
-    let mut text = String::new();
-    expand(include_str!("rms_norm.wgsl"), &[("IN_PLACE", u32::from(in_place).to_string())], &mut text);
-    let bindings = if in_place { vec![ReadWrite, Read] } else { vec![Read, Read, ReadWrite] };
-    Source { text, bindings, immediate_bytes: 16 }
+pub(super) fn rms_norm() -> Source {
+    let text = include_str!("rms_norm.wgsl").to_owned();
+    Source { text, bindings: vec![Read, Read, ReadWrite], immediate_bytes: 12 }
 }
 
 /// The RoPE kernel.
@@ -261,6 +261,10 @@ pub(super) fn rope(rope: &Rope) -> Source {
     let dtype = rope.queries.unwrap_or(DType::F32);
     let mut text = wgsl::PREAMBLE.to_owned();
     text += &rotary_wgsl(rope.head_dim, rope.head_dim, rope.interleaved, rope.q_norm, rope.k_norm);
+    if rope.parts {
+        text += HEAD_PARTS_WGSL;
+    }
+    let before_norms = 3 + u32::from(rope.queries.is_some()) + 2 * u32::from(rope.parts);
     expand(
         include_str!("rope.wgsl"),
         &[
@@ -269,14 +273,17 @@ pub(super) fn rope(rope: &Rope) -> Source {
             ("NARROW", wgsl::narrow2(dtype, "both")),
             ("Q_NORM", flag(rope.q_norm)),
             ("K_NORM", flag(rope.k_norm)),
-            ("K_NORM_AT", (3 + u32::from(rope.queries.is_some()) + u32::from(rope.q_norm)).to_string()),
+            ("PARTS", flag(rope.parts)),
+            ("Q_NORM_AT", before_norms.to_string()),
+            ("K_NORM_AT", (before_norms + u32::from(rope.q_norm)).to_string()),
         ],
         &mut text,
     );
     let mut bindings = vec![ReadWrite, Read, Read];
     bindings.extend(rope.queries.map(|_| ReadWrite));
-    bindings.extend([Read; 2].iter().take(usize::from(rope.q_norm) + usize::from(rope.k_norm)));
-    Source { text, bindings, immediate_bytes: 40 }
+    let optional = 2 * usize::from(rope.parts) + usize::from(rope.q_norm) + usize::from(rope.k_norm);
+    bindings.extend([Read; 4].iter().take(optional));
+    Source { text, bindings, immediate_bytes: 72 }
 }
 
 /// The argmax kernel; `workgroup` is a power of two.
@@ -318,7 +325,7 @@ pub(super) fn add_silu() -> Source {
 /// The kernel that copies columns.
 pub(super) fn copy_columns() -> Source {
     let text = include_str!("copy_columns.wgsl").to_owned();
-    Source { text, bindings: vec![Read, ReadWrite], immediate_bytes: 24 }
+    Source { text, bindings: vec![Read, ReadWrite], immediate_bytes: 16 }
 }
 
 /// The kernel that chooses experts; `groups` is 0 where it chooses among all.
@@ -513,13 +520,13 @@ mod tests {
         translates("top_k", &super::top_k(256));
         translates("gather_ids", &super::gather_ids());
         for flag in [false, true] {
-            translates("rms_norm", &super::rms_norm(flag));
             translates("combine", &super::combine(flag));
         }
         for experts in [1, 160, 1024] {
             translates("route", &super::route(experts, 0));
             translates("sort by expert", &super::sort_by_expert(experts));
         }
+        translates("rms_norm", &super::rms_norm());
         translates("route by group", &super::route(160, 8));
         translates("gather_rows", &super::gather_rows());
         translates("copy_columns", &super::copy_columns());
@@ -527,11 +534,11 @@ mod tests {
         for aligned in [true, false] {
             translates("argmax", &super::argmax(aligned, 256));
         }
-        for flags in 0..8 {
+        for flags in 0..16 {
             for queries in [None, Some(DType::F32), Some(DType::F16), Some(DType::BF16)] {
                 let flag = |bit: u32| flags >> bit & 1 == 1;
-                let q_norm = flag(1) && queries.is_some();
-                let rope = Rope { head_dim: 64, interleaved: flag(0), queries, q_norm, k_norm: flag(2) };
+                let [q_norm, parts] = [flag(1), flag(3)].map(|flag| flag && queries.is_some());
+                let rope = Rope { head_dim: 64, interleaved: flag(0), queries, parts, q_norm, k_norm: flag(2) };
                 translates(&format!("{rope:?}"), &super::rope(&rope));
             }
         }

@@ -2,8 +2,8 @@
 
 use half::{bf16, f16};
 use polyattn_api::{
-    AttentionBackend, AttentionKind, AttentionProblem, BatchLayout, Buffer, DType, KvDType, KvLayout, RotatedQueries,
-    Rotation, StoreKv, StoreRotated,
+    AttentionBackend, AttentionKind, AttentionProblem, BatchLayout, Buffer, DType, HeadPart, KvDType, KvLayout,
+    QuerySource, RotatedQueries, Rotation, StoreKv, StoreRotated,
 };
 
 use super::{
@@ -129,7 +129,7 @@ fn store(subject: &Subject, kind: AttentionKind, dtype: DType, stored: DType) ->
 
     // A kernel that rotates and stores in one step stores the same where nothing turns.
     let dim = kind.query_dim() / 2 * 2;
-    if latent || dim == 0 {
+    if dim == 0 {
         return Ok(());
     }
     let (k_cache, v_cache, q_out) = (before(bytes(k_row))?, before(bytes(v_row))?, before(total * q_row * 4)?);
@@ -137,7 +137,7 @@ fn store(subject: &Subject, kind: AttentionKind, dtype: DType, stored: DType) ->
     let table = device.upload(still.as_flattened(), "rotations").map_err(|error| broken(&error))?;
     let positions = device.upload(&vec![0u32; total.max(4)], "positions").map_err(|error| broken(&error))?;
     let mut store = io;
-    (store.k_cache, store.v_cache) = (k_cache.whole(), v_cache.whole());
+    (store.k_cache, store.v_cache) = (k_cache.whole(), if latent { &k_cache } else { &v_cache }.whole());
     let rotation = Rotation {
         table: table.whole(),
         table_positions: 1,
@@ -148,17 +148,24 @@ fn store(subject: &Subject, kind: AttentionKind, dtype: DType, stored: DType) ->
     };
     let mut io = StoreRotated::new(store, rotation);
     let q_offset = front + k_row + v_row + 3;
-    io.queries = Some(RotatedQueries { offset: q_offset as u32, norm: None, out: q_out.whole() });
+    let queries: Vec<f32> = (0..total).flat_map(|row| &values[q_offset + row * stride..][..q_row]).copied().collect();
+    // Those of latent attention lie in two parts, of which other operations made one each.
+    let parts = device.upload(&queries, "queries").map_err(|error| broken(&error))?;
+    let source = match kind {
+        AttentionKind::Mla { latent_dim, rope_dim, .. } => {
+            let part = |offset, dim| HeadPart { rows: parts.whole(), offset, stride: kind.query_dim(), dim };
+            QuerySource::Parts([part(0, latent_dim), part(latent_dim, rope_dim)])
+        }
+        _ => QuerySource::KeyRows(q_offset as u32),
+    };
+    io.queries = Some(RotatedQueries { source, norm: None, out: q_out.whole() });
     let mut commands = device.commands().map_err(|error| broken(&error))?;
     if !kernel.store_rotated(&mut commands, &plan, &io).map_err(|error| broken(&error))? {
         return Ok(());
     }
     commands.submit().map_err(|error| broken(&error))?;
     cached(&k_cache, &v_cache, "stored with a rotation, ")?;
-    let wanted: Vec<u8> = (0..total)
-        .flat_map(|row| &values[q_offset + row * stride..][..q_row])
-        .flat_map(|value| narrow(*value, dtype))
-        .collect();
+    let wanted: Vec<u8> = queries.iter().flat_map(|value| narrow(*value, dtype)).collect();
     let got = device.download::<u8>(&q_out).map_err(|error| broken(&error))?;
     match wanted.iter().zip(&got).position(|(want, got)| want != got) {
         Some(at) => Err(Failure::new(format!("stored with a rotation, the queries are wrong at byte {at}"))),
