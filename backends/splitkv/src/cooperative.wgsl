@@ -26,12 +26,15 @@ const WEIGHT_STRIDE: u32 = (KEYS + 8u) / 4u;
 const SCORE_STRIDE: u32 = (KEYS + 8u) / 4u;
 const SUM_STRIDE: u32 = (SLICE + 8u) / 4u;
 const SCORES: u32 = ROWS * SCORE_STRIDE;
-// Values have a tile of their own, where there is room, or that of the keys.
+// Values lie behind the keys and weights in the keys' place, or values there and weights behind them.
 const VALUES: u32 = select(0u, KEYS * TILE_STRIDE, APART);
+const WEIGHTS: u32 = select(KEYS * TILE_STRIDE, 0u, APART);
+const BLOCK_END: u32 = KEYS * TILE_STRIDE + select(ROWS * WEIGHT_STRIDE, KEYS * TILE_STRIDE, APART);
+// Queries that stay lie behind all of them; others are in registers before the first keys come.
+const QUERIES: u32 = select(0u, BLOCK_END, STAY);
 
-// First the rows' queries, then the block's keys and values.
-var<workgroup> tile: array<vec4<f16>, KEYS * TILE_STRIDE * select(1u, 2u, APART)>;
-var<workgroup> weights: array<vec4<f16>, ROWS * WEIGHT_STRIDE>;
+// The block's keys, values and weights, and the rows' queries.
+var<workgroup> tile: array<vec4<f16>, BLOCK_END + select(0u, ROWS * TILE_STRIDE, STAY)>;
 // The block's scores, those of the halves apart where a subgroup has one half; then its sums.
 var<workgroup> products: array<vec4<f32>, max(SCORES * select(1u, 2u, SPLIT), ROWS * SUM_STRIDE)>;
 // Where the keys of this block and of the next one lie, in units.
@@ -77,7 +80,7 @@ fn attend(
             let head = kv_head * call.group + row % call.group;
             unit = q[((sequence_start(sequence) + row / call.group) * call.heads + head) * UNITS + i % UNITS];
         }
-        lay(i / UNITS * TILE_STRIDE + i % UNITS * 2u, unit);
+        lay(QUERIES + i / UNITS * TILE_STRIDE + i % UNITS * 2u, unit);
     }
     workgroupBarrier();
 
@@ -85,7 +88,7 @@ fn attend(
     let rows_at = subgroup % TILES * 16u;
     let share = subgroup / TILES;
     let half = select(0u, share / 4u, SPLIT);
-    let queries_at = rows_at * TILE_STRIDE + half * HALF;
+    let queries_at = QUERIES + rows_at * TILE_STRIDE + half * HALF;
     LOAD_QUERIES
 
     // What this thread's rows see. The last rows may be nobody's; they see nothing.
@@ -197,7 +200,7 @@ fn attend(
                     x[h] = select(vec4<f32>(), exp(x[h] - top), x[h] > vec4<f32>(MASKED));
                     let sum = (x[h].x + x[h].y) + (x[h].z + x[h].w);
                     total[p * PARTS + h] = fma(total[p * PARTS + h], shrink[p], sum);
-                    weights[row * WEIGHT_STRIDE + h * ROW_THREADS + lane] = vec4<f16>(x[h]);
+                    tile[WEIGHTS + row * WEIGHT_STRIDE + h * ROW_THREADS + lane] = vec4<f16>(x[h]);
                 }
             }
             if (!APART) {
@@ -214,7 +217,7 @@ fn attend(
             here = KEYS - here;
             workgroupBarrier();
 
-            let weights_at = rows_at * WEIGHT_STRIDE;
+            let weights_at = WEIGHTS + rows_at * WEIGHT_STRIDE;
             LOAD_WEIGHTS
             for (var s = 0u; s < SLICES; s++) {
                 for (var t = share; t < SLICE / 16u; t += SHARING) {

@@ -205,6 +205,11 @@ impl Variant {
         self.tiles <= 2 && self.head_dim > 64 && self.head_dim <= 128
     }
 
+    /// Whether queries stay in workgroup memory, which leaves registers to more workgroups. Weights make room for them.
+    const fn stay(self) -> bool {
+        self.tiles == 1 && self.apart()
+    }
+
     /// Columns of values that are summed at once by matrices.
     const fn slice(self) -> u32 {
         if self.tiles >= 2 && self.head_dim == 128 || self.head_dim > 128 { 64 } else { self.head_dim }
@@ -216,11 +221,14 @@ impl Variant {
             Products::Narrow { lanes, width } => self.tile_bytes(width / lanes),
             // Keys and values, weights, scores or sums, places.
             Products::Matrices(_) => {
-                let tile = BLOCK * (self.head_dim + 8) * if self.apart() { 4 } else { 2 };
+                let row = (self.head_dim + 8) * 2;
+                let weights = (BLOCK + 8) * 2;
+                let tile = BLOCK * row * if self.apart() { 2 } else { 1 };
+                let beside = if self.apart() { 0 } else { weights } + if self.stay() { row } else { 0 };
                 let scores = (BLOCK + 8) * if self.split() { 8 } else { 4 };
                 let sums = (self.slice() + 8) * 4;
                 let products = if scores > sums { scores } else { sums };
-                tile + self.rows() * ((BLOCK + 8) * 2 + products) + BLOCK * 8
+                tile + self.rows() * (beside + products) + BLOCK * 8
             }
         }
     }
@@ -323,9 +331,10 @@ impl Variant {
         } else {
             [&half("low", 0), &half("high", steps), "let score = low + high;\n"].concat()
         };
+        let (queries, score) = if self.stay() { (String::new(), queries + &score) } else { (queries, score) };
         let weights = lines(blocks, &|i| {
             let at = i * SIDE / 4;
-            format!("let w{i} = coopLoadT<coop_mat16x16<f16, A>>(&weights[weights_at + {at}u], WEIGHT_STRIDE);\n")
+            format!("let w{i} = coopLoadT<coop_mat16x16<f16, A>>(&tile[weights_at + {at}u], WEIGHT_STRIDE);\n")
         });
         let sum = lines(blocks, &|i| {
             let at = format!("values_at + {}u * TILE_STRIDE", i * SIDE);
@@ -376,7 +385,9 @@ impl Variant {
         match self.products {
             Products::Lanes(_) => flags(text, &[("PREFETCH", false)]),
             Products::Narrow { .. } => flags(text, &[("PREFETCH", true)]),
-            Products::Matrices(_) => flags(text, &[("SPLIT", self.split()), ("APART", self.apart())]),
+            Products::Matrices(_) => {
+                flags(text, &[("SPLIT", self.split()), ("APART", self.apart()), ("STAY", self.stay())])
+            }
         }
     }
 
