@@ -5,8 +5,10 @@
 //! key head, and the value is the first part of the key. It serves prefill, decode, verify and draft. The logits'
 //! factor is the problem's: that of the unabsorbed head, not `(latent_dim + rope_dim)^-1/2`.
 //!
-//! A long prefill is cheaper in the form that is not absorbed, with keys and values of each head made from the latents.
-//! That is another problem (GQA with as many KV heads as query heads), which is up to the model to pose.
+//! A long prefill takes less arithmetic in the form that is not absorbed, with keys and values of each head made from
+//! the latents. That is another problem (GQA with as many KV heads as query heads), which is up to the model to pose. It
+//! is no faster while no backend multiplies matrices for it: 2,048 tokens of DeepSeek-V2-Lite take this crate 1.3 ms on
+//! an H100, and `flash` 2.0 ms with keys and values at hand (`bench kernels`, `deepseek-v2-lite*/prefill/1x2k`).
 //!
 //! # Structure
 //! A sequence's keys are cut into *chunks* of a fixed number of positions, counted from position 0. A *row* is a query
