@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use polyattn_api::{
-    AttentionKind, AttentionProblem, BATCH_WGSL, DeviceFacts, KvDType, Mask,
+    AttentionKind, AttentionProblem, BATCH_WGSL, DeviceFacts, KvDType,
     device::{Access, wgsl},
 };
 
@@ -97,7 +97,7 @@ impl Variant {
 
     /// The whole text.
     pub(crate) fn source(self, problem: &AttentionProblem) -> String {
-        let mut text = [wgsl::PREAMBLE, BATCH_WGSL, problem.kv_layout.wgsl()].concat();
+        let mut text = [wgsl::PREAMBLE, BATCH_WGSL, problem.kv_layout.wgsl(), &problem.row_wgsl()].concat();
         text += &wgsl::storage_loader(1, "q", problem.dtype);
         text += &problem.kv_dtype.loaders_wgsl(&[(2, "k"), (3, "v")]);
         for (name, value) in [
@@ -113,15 +113,7 @@ impl Variant {
             let _ = writeln!(text, "const {name}: u32 = {value}u;");
         }
         let scaled = problem.kv_dtype == KvDType::Q8;
-        for (name, value) in [
-            // A sequence's own causality stands over its tree.
-            ("TREE", problem.mask == Mask::Tree && !problem.per_sequence_causal),
-            ("SPANS", problem.prefix_spans),
-            ("SCALED", scaled),
-            ("SOFTCAP", problem.softcap.is_some()),
-            ("SINKS", problem.sinks),
-            ("ALIBI", problem.alibi),
-        ] {
+        for (name, value) in [("SCALED", scaled), ("SINKS", problem.sinks)] {
             let _ = writeln!(text, "const {name}: bool = {value};");
         }
 
@@ -179,7 +171,7 @@ impl Variant {
 /// The variants there are, for tests: whatever takes part in the text varies against the rest of it at least once.
 #[cfg(test)]
 pub(crate) fn variants() -> impl Iterator<Item = (Variant, AttentionProblem)> {
-    use polyattn_api::{DType, KvLayout};
+    use polyattn_api::{DType, KvLayout, Mask};
 
     let problem = |head_dim, value_dim| {
         let kind = AttentionKind::Gqa { query_heads: 9, kv_heads: 3, head_dim, value_dim };

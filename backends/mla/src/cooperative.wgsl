@@ -119,7 +119,7 @@ fn attend(
     for (var p = 0u; p < PASSES; p++) {
         let r = (p * ROWS_AT_ONCE + thread / ROW_THREADS) % ROWS;
         // The last rows may be nobody's; they see nothing.
-        row[p] = Row(0u, 0u, 0u, 0.0, NO_STATE);
+        row[p] = Row(0u, 0u, 0u, 0u, 0.0, NO_STATE);
         if (r < count) { row[p] = row_of(sequence, first + r, chunk); }
         if (number >= call.items) { row[p].state = NO_STATE; }
         if (lane == 0u) { states[r] = row[p].state; }
@@ -158,7 +158,7 @@ fn attend(
             var x = products * call.scale;
             for (var i = 0u; i < 4u; i++) {
                 let key = at + lane * 4u + i;
-                x[i] = select(LOWEST, logit(x[i], row[p], sequence, key), sees(row[p], sequence, key));
+                x[i] = select(LOWEST, logit(x[i], row[p].slope, key, row[p].position), sees(row[p], sequence, key));
             }
             var top = max(max(x.x, x.y), max(x.z, x.w));
             for (var hop = 1u; hop < ROW_THREADS; hop <<= 1u) { top = max(top, subgroupShuffleXor(top, hop)); }

@@ -29,17 +29,9 @@ struct Row {
     first: u32,
     end: u32,
     query: u32,
+    position: u32,
     slope: f32,
     state: u32,
-}
-
-// First key that a query row sees, and the key behind the last one. Both never fall from row to row.
-fn keys_of(sequence: u32, query: u32) -> vec2<u32> {
-    let length = sequence_kv_len(sequence);
-    let position = length - sequence_queries(sequence) + query;
-    var end = select(length, position + 1u, sequence_causal(sequence));
-    if (call.right < length - position) { end = min(end, position + call.right + 1u); }
-    return vec2<u32>(position - min(position, call.left), end);
 }
 
 // Rows of a sequence that this dispatch answers.
@@ -56,25 +48,16 @@ fn row_of(sequence: u32, row: u32, chunk: u32) -> Row {
     let chunks = vec2<u32>(extra(facts + 1u), extra(facts + 2u));
     let own = extra(facts) + (chunk - chunks.x) * call.heads + head;
     let state = select(NO_STATE, own, chunk >= chunks.x && chunk < chunks.y);
-    return Row(seen.x, seen.y, query, slope_of(head), state);
+    let position = sequence_kv_len(sequence) - sequence_queries(sequence) + query;
+    return Row(seen.x, seen.y, query, position, slope_of(head), state);
 }
 
 fn sees(row: Row, sequence: u32, key: u32) -> bool {
     var seen = key >= row.first && key < row.end;
     if (TREE && seen) {
-        let context = sequence_kv_len(sequence) - sequence_queries(sequence);
+        let context = row.position - row.query;
         if (key >= context) { seen = tree_bit(sequence_start(sequence) + row.query, key - context); }
     }
     return seen;
 }
 
-fn logit(product: f32, row: Row, sequence: u32, key: u32) -> f32 {
-    var x = product;
-    // Some drivers make NaN of the tanh of large numbers.
-    if (SOFTCAP) { x = call.softcap * tanh(clamp(x / call.softcap, -15.0, 15.0)); }
-    if (ALIBI) {
-        let position = sequence_kv_len(sequence) - sequence_queries(sequence) + row.query;
-        x = fma(row.slope, f32(i32(key) - i32(position)), x);
-    }
-    return x;
-}

@@ -47,7 +47,7 @@ fn attend(
 
     if (thread < QUADS * 4u) {
         // The last rows may be nobody's; they see nothing.
-        var row = Row(0u, 0u, 0u, 0.0, NO_STATE);
+        var row = Row(0u, 0u, 0u, 0u, 0.0, NO_STATE);
         if (thread < count) { row = row_of(sequence, first + thread, chunk); }
         if (number >= call.items) { row.state = NO_STATE; }
         rows[thread] = row;
@@ -118,7 +118,8 @@ fn attend(
             if (SCALED) { score *= cache_scale_of(places[k]); }
             for (var r = 0u; r < 4u; r++) {
                 let row = rows[quad * 4u + r];
-                score[r] = select(LOWEST, logit(score[r], row, sequence, begin + k), sees(row, sequence, begin + k));
+                let x = logit(score[r], row.slope, begin + k, row.position);
+                score[r] = select(LOWEST, x, sees(row, sequence, begin + k));
             }
             scores[quad * CHUNK + k] = score;
             top = max(top, score);

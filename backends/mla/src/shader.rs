@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use polyattn_api::{
-    AttentionProblem, BATCH_WGSL, DType, DeviceFacts, KvDType, Mask,
+    AttentionProblem, BATCH_WGSL, DType, DeviceFacts, KvDType,
     device::{Access, wgsl},
 };
 
@@ -90,18 +90,12 @@ impl Variant {
             Products::Matrices(_) => "enable f16;\nenable wgpu_cooperative_matrix;\n".to_owned(),
         };
         text += BATCH_WGSL;
+        text += &problem.row_wgsl();
         let scaled = problem.kv_dtype == KvDType::Q8;
         let mut optional = Optional { text: &mut text, next: 4 };
         optional.read("slope_of", problem.alibi, "0.0");
         optional.read("cache_scale_of", scaled, "1.0");
-        for (name, value) in [
-            ("TREE", problem.mask == Mask::Tree),
-            ("SOFTCAP", problem.softcap.is_some()),
-            ("ALIBI", problem.alibi),
-            ("SCALED", scaled),
-        ] {
-            let _ = writeln!(text, "const {name}: bool = {value};");
-        }
+        let _ = writeln!(text, "const SCALED: bool = {scaled};");
         numbers(&mut text, &[("DIM", dim), ("LATENT", latent), ("CHUNK", self.chunk())]);
         text += include_str!("rows.wgsl");
         let Matrices { width, tiles } = match self.products {

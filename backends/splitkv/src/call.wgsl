@@ -24,23 +24,6 @@ var<immediate> call: Call;
 const LOWEST: f32 = -3.0e38; // in place of -infinity
 const MASKED: f32 = -2.9e38; // what is not above it weighs nothing
 
-// First key that a query row sees, and the key behind the last one. Both never fall from row to row.
-fn keys_of(sequence: u32, query: u32) -> vec2<u32> {
-    let length = sequence_kv_len(sequence);
-    let position = length - sequence_queries(sequence) + query;
-    var end = select(length, position + 1u, sequence_causal(sequence));
-    if (call.right < length - position) { end = min(end, position + call.right + 1u); }
-    return vec2<u32>(position - min(position, call.left), end);
-}
-
-fn logit(product: f32, slope: f32, key: u32, position: u32) -> f32 {
-    var x = product;
-    // Some drivers make NaN of the tanh of large numbers.
-    if (SOFTCAP) { x = call.softcap * tanh(clamp(x / call.softcap, -15.0, 15.0)); }
-    if (ALIBI) { x = fma(slope, f32(i32(key) - i32(position)), x); }
-    return x;
-}
-
 // Whether a sequence's only chunk is this one, so that its state is the answer.
 fn is_only_chunk(sequence: u32) -> bool {
     return DIRECT && extra(call.facts + sequence * 3u + 2u) - extra(call.facts + sequence * 3u + 1u) == 1u;

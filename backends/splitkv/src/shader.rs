@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use polyattn_api::{
-    AttentionProblem, BATCH_WGSL, DType, Decline, DeviceFacts, KvDType, Mask,
+    AttentionProblem, BATCH_WGSL, DType, Decline, DeviceFacts, KvDType,
     device::{Access, wgsl},
 };
 
@@ -267,18 +267,10 @@ impl Variant {
         };
         text += BATCH_WGSL;
         text += problem.kv_layout.wgsl();
+        text += &problem.row_wgsl();
         text += &place_of(problem);
         self.constants(&mut text, problem);
-        flags(
-            &mut text,
-            &[
-                ("TREE", problem.mask == Mask::Tree),
-                ("SOFTCAP", problem.softcap.is_some()),
-                ("ALIBI", problem.alibi),
-                ("SCALED", problem.kv_dtype == KvDType::Q8),
-                ("DIRECT", self.direct),
-            ],
-        );
+        flags(&mut text, &[("SCALED", problem.kv_dtype == KvDType::Q8), ("DIRECT", self.direct)]);
         let mut next = 5;
         let mut optional = |wanted: bool, name: &str, of: &str, otherwise: &str| {
             text += &if wanted {
@@ -484,7 +476,7 @@ fn lanes(head_dim: u32, subgroup: u32) -> u32 {
 /// The variants there are, for tests.
 #[cfg(test)]
 pub(crate) fn variants() -> impl Iterator<Item = (Variant, AttentionProblem)> {
-    use polyattn_api::{AttentionKind, KvLayout};
+    use polyattn_api::{AttentionKind, KvLayout, Mask};
 
     let problem = |head_dim| {
         let kind = AttentionKind::Gqa { query_heads: 9, kv_heads: 3, head_dim, value_dim: head_dim };

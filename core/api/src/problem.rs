@@ -381,6 +381,29 @@ impl AttentionProblem {
         self
     }
 
+    /// WGSL of what a query row sees and of what becomes of its scores, as the contract of an answer has it, to be put
+    /// behind [`BATCH_WGSL`](crate::BATCH_WGSL):
+    ///
+    /// * `keys_of(sequence, query)`: the first key that a query row sees, and the key behind the last one;
+    /// * `logit(product, slope, key, position)`: the logit of a product of query and key that is scaled already;
+    /// * `TREE`, `SPANS`, `SOFTCAP`, `ALIBI`: whether the problem has these. With `TREE`, keys from a sequence's query
+    ///   rows on are seen where `tree_bit` says so.
+    ///
+    /// The kernel has a variable `call` with `left` and `right`, u32, the window's sides, the largest number where they
+    /// are unbounded, and `softcap`, f32.
+    #[must_use]
+    pub fn row_wgsl(&self) -> String {
+        let flags = [
+            // A sequence's own causality stands over its tree.
+            ("TREE", self.mask == Mask::Tree && !self.per_sequence_causal),
+            ("SPANS", self.prefix_spans),
+            ("SOFTCAP", self.softcap.is_some()),
+            ("ALIBI", self.alibi),
+        ];
+        let flags: String = flags.iter().map(|(name, value)| format!("const {name}: bool = {value};\n")).collect();
+        flags + include_str!("row.wgsl")
+    }
+
     /// Role, phase and layer, in words.
     pub(crate) fn described(&self) -> String {
         format!("{} {} layer '{}'", self.role, self.phase, self.layer)
