@@ -78,7 +78,7 @@ struct Args {
     json: bool,
 
     /// Fail unless what polyattn selects is this many times as fast as every cubek-attention on every decode and verify
-    /// shape.
+    /// shape, with an answer of one of them on each.
     #[arg(long, value_name = "RATIO")]
     assert_faster: Option<f64>,
 
@@ -204,8 +204,9 @@ fn hold(args: &Args) -> Result<bool, Error> {
 
 /// Whether every answer is right, and ours as much faster as is asked for.
 fn holds(answer: &Answer, wanted: Option<f64>) -> bool {
-    let (mut holds, mut compared) = (true, 0);
+    let mut holds = true;
     for shape in &answer.shapes {
+        let mut compared = false;
         for row in &shape.rows {
             let ours = row.contestant.starts_with(own::NAME);
             if row.within_tolerance == Some(false) || (ours && row.error.is_some()) {
@@ -219,17 +220,25 @@ fn holds(answer: &Answer, wanted: Option<f64>) -> bool {
                 && shape.phase != Phase::Prefill
                 && let Some(ratio) = ratio
             {
-                compared += 1;
+                compared = true;
                 if ratio < wanted {
                     eprintln!("{}: {ratio:.2} times as fast as {}, not {wanted}", shape.shape, row.contestant);
                     holds = false;
                 }
             }
         }
+        if wanted.is_some() && shape.phase != Phase::Prefill && !compared {
+            eprintln!("{}: cubek-attention gave no answer to compare with", shape.shape);
+            holds = false;
+        }
     }
-    if wanted.is_some() && compared == 0 {
-        eprintln!("cubek-attention gave no answer to compare with");
-        return false;
+    if wanted.is_some() && answer.shapes.iter().all(|shape| shape.phase == Phase::Prefill) {
+        eprintln!("no decode or verify shape to compare on");
+        holds = false;
+    }
+    if wanted.is_some() && !answer.skipped.is_empty() {
+        eprintln!("no time was left for {}", answer.skipped.join(", "));
+        holds = false;
     }
     holds
 }
