@@ -51,6 +51,14 @@ pub struct HeadPart<'a> {
     pub dim: u32,
 }
 
+impl HeadPart<'_> {
+    /// Offset, stride and elements, as [`HEAD_PARTS_WGSL`] reads them.
+    #[must_use]
+    pub const fn words(self) -> [u32; 3] {
+        [self.offset, self.stride, self.dim]
+    }
+}
+
 /// Where queries lie before their rotation, f32.
 #[derive(Clone, Copy, Debug)]
 pub enum QuerySource<'a> {
@@ -150,7 +158,7 @@ impl<'a> StoreRotated<'a> {
         let pipeline = device.cached_pipeline("store_rotated", form.variant(), |device| form.compile(device))?;
         let eps = |norm: Option<HeadNorm<'_>>| norm.map_or(0.0, |norm| norm.eps);
         let normed = |norm: Option<HeadNorm<'_>>| norm.map_or(0, |norm| norm.dim);
-        let part = |at: usize| parts.map_or([0; 3], |parts| [parts[at].offset, parts[at].stride, parts[at].dim]);
+        let [front, back] = parts.map_or([[0; 3]; 2], |parts| parts.map(HeadPart::words));
         let call = Immediates {
             query_heads: if queries.is_some() { kind.query_heads() } else { 0 },
             kv_heads: kind.kv_heads(),
@@ -166,8 +174,8 @@ impl<'a> StoreRotated<'a> {
             k_normed: normed(self.k_norm),
             q_eps: eps(q_norm),
             k_eps: eps(self.k_norm),
-            front: part(0),
-            back: part(1),
+            front,
+            back,
         };
         let index = plan.index(commands)?;
         let StoreKv { k, v, k_cache, v_cache, k_scale, v_scale, .. } = self.store;
@@ -275,7 +283,7 @@ struct Immediates {
     k_normed: u32,
     q_eps: f32,
     k_eps: f32,
-    /// Offset, stride and elements.
+    /// As [`HeadPart::words`].
     front: [u32; 3],
     back: [u32; 3],
 }

@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use polyattn_api::HeadPart;
 use polyattn_device::{BufferSlice, Commands, DType, Device, DeviceError, Pipeline, PipelineSpec};
 
 use super::{
@@ -427,8 +428,8 @@ pub(super) fn rope(commands: &mut Commands, call: &RopeCall<'_>) -> Result<(), O
     let heads = call.query_heads + call.kv_heads;
     let eps = |norm: Option<Norm<'_>>| norm.map_or(0.0, |norm| norm.eps).to_bits();
     let normed = |norm: Option<Norm<'_>>| norm.map_or(0, |norm| norm.weight.len);
-    let part = |at: usize| parts.map_or([0; 3], |parts| [parts[at].offset, parts[at].stride, parts[at].dim]);
-    let ([front_offset, front_stride, front_dim], [back_offset, back_stride, back_dim]) = (part(0), part(1));
+    let words = parts.map_or([[0; 3]; 2], |parts| parts.map(HeadPart::words));
+    let [[front_offset, front_stride, front_dim], [back_offset, back_stride, back_dim]] = words;
     let params = [
         call.rows,
         call.stride,

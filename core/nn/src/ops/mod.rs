@@ -362,12 +362,13 @@ pub(crate) fn check_rope(call: &RopeCall<'_>) -> Result<(), OpError> {
     let length = elements("rows to rotate", call.rows, call.stride)? - u64::from(call.stride) + end;
     check_slice("rows to rotate", call.qkv, length, 4)?;
     check_slice("positions", call.positions, u64::from(call.rows), 4)?;
-    let norm = |what: &str, norm: Option<Norm<'_>>| match norm {
-        Some(Norm { weight, .. }) if weight.len == 0 || weight.len > call.head_dim => {
-            shape(format!("{what} has {} elements, for heads of {}", weight.len, call.head_dim))
+    let norm = |what: &str, norm: Option<Norm<'_>>| {
+        let Some(norm) = norm else { return Ok(()) };
+        let len = norm.weight.len;
+        if len == 0 || len > call.head_dim {
+            return shape(format!("{what} has {len} elements, for heads of {}", call.head_dim));
         }
-        Some(Norm { weight, .. }) => check_slice(what, weight.buffer.whole(), weight.len.into(), 4),
-        None => Ok(()),
+        check_norm(what, norm, len)
     };
     if call.query_heads > 0 {
         // Below 2³².
